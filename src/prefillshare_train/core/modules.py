@@ -1,0 +1,283 @@
+"""The two halves of a factorised model: a frozen prefill module and a trained decode module."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from prefillshare_train.core.attention import (
+    ATTENTION_NAME,
+    JOB_KEYWORD,
+    AttentionJob,
+    LastLayerReached,
+)
+from prefillshare_train.core.families import check_supported, position_limit
+from prefillshare_train.core.layout import Segment, SegmentGroup, group_segments, positions_of
+from prefillshare_train.core.loss import LogitTransform, LossSums, linear_cross_entropy
+from prefillshare_train.core.prompt_cache import PromptCache
+
+
+def load_causal_lm(
+    name_or_path: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal LM whose attention can record and condition.
+
+    Weights are read from safetensors only, so that nothing is ever unpickled.
+
+    Raises:
+        UnsupportedModelError: the architecture is not one whose prompt cache can be shared; raised
+            before any weight is read.
+        OSError: there is no such model, or it has no safetensors weights.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        name_or_path, revision=revision, trust_remote_code=trust_remote_code
+    )
+    check_supported(config)
+    model = AutoModelForCausalLM.from_pretrained(
+        name_or_path,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=ATTENTION_NAME,
+        use_safetensors=True,
+    )
+    return model.to(device) if device is not None else model
+
+
+def causal_lm_of(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(
+            f"expected a transformers causal LM or a PeftModel around one, found "
+            f"{type(model).__name__}"
+        )
+    return inner
+
+
+def use_prefillshare_attention(model: nn.Module) -> None:
+    """Switch a loaded model (PEFT-wrapped or not) to the attention that records and conditions.
+
+    Raises:
+        UnsupportedModelError: the architecture is refused, see `families`.
+    """
+    inner = causal_lm_of(model)
+    check_supported(inner.config)
+    if inner.config._attn_implementation != ATTENTION_NAME:
+        inner.set_attn_implementation(ATTENTION_NAME)
+
+
+def run_backbone(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, job: Any
+) -> Tensor:
+    """Run the decoder stack below the LM head under an attention job.
+
+    Args:
+        input_ids, position_ids: (B, T) int64.
+
+    Returns:
+        Hidden states after the final norm, (B, T, D).
+    """
+    # transformers returns a 4-D mask untouched, so no mask is built that the job would ignore.
+    unread_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=input_ids.device)
+    output = model.base_model(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=unread_mask,
+        use_cache=False,
+        **{JOB_KEYWORD: job},
+    )
+    return output.last_hidden_state
+
+
+def check_positions(config: PreTrainedConfig, max_position: int) -> None:
+    """Refuse positions at which the base and the decoder would rotate K and Q differently.
+
+    Raises:
+        ValueError: the position is past the limit; the message says what to lower.
+    """
+    limit = position_limit(config)
+    if limit is not None and max_position >= limit:
+        raise ValueError(
+            f"position {max_position} is past {limit}, where this model's length-dependent RoPE "
+            "scaling would rotate the base's keys and the decoder's queries differently; "
+            f"set data.max_length to {limit} or less"
+        )
+
+
+class PrefillModule:
+    """The frozen base: runs prompts under no_grad and leaves a prompt cache.
+
+    Deliberately not an `nn.Module`: held by a trainer or a decoder it must not be reached by
+    `train()`, `parameters()`, a device move or a checkpoint of its holder.
+
+    Args:
+        model: a causal LM of its own (full fine-tuning), or the very `PeftModel` being trained,
+            whose adapters are switched off during the base's pass (one copy of the weights).
+        stop_early: stop at the last layer's K/V. Set False where parameters are sharded and every
+            module's forward hooks must run to their end.
+    """
+
+    def __init__(self, model: nn.Module, *, stop_early: bool = True) -> None:
+        self.model = model
+        self.causal_lm = causal_lm_of(model)
+        self.stop_early = stop_early
+        use_prefillshare_attention(model)
+        self._shared = isinstance(model, PeftModel)
+        if not self._shared:
+            model.requires_grad_(False)
+            model.eval()
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The base's configuration."""
+        return self.causal_lm.config
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the base's weights."""
+        return self.causal_lm.device
+
+    @contextlib.contextmanager
+    def base_weights(self) -> Iterator[None]:
+        """Adapters and dropout off; every flag as it was when the block ends."""
+        if not self._shared:
+            yield
+            return
+        assert isinstance(self.model, PeftModel)
+        # disable_adapter() freezes the adapters and thaws them by rules of its own; a user who
+        # froze some of them must find them frozen.
+        gradient_flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        training = [m for m in self.model.modules() if m.training]
+        for module in training:
+            module.training = False
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+            for parameter, flag in gradient_flags:
+                parameter.requires_grad_(flag)
+
+    @torch.no_grad()
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], past: PromptCache | None = None
+    ) -> PromptCache:
+        """Run prompts, or what is new of them, and return their cache.
+
+        Args:
+            prompts: token ids of each prompt; with `past`, only the tokens after what it holds
+                (partial prefill). An empty prompt is allowed and leaves nothing.
+            past: cache of the same prompts' beginnings; left unchanged.
+        """
+        past_lengths = past.lengths if past is not None else (0,) * len(prompts)
+        past_starts = past.starts if past is not None else (0,) * len(prompts)
+        segments = [
+            Segment(len(ids), start, length)
+            for ids, start, length in zip(prompts, past_starts, past_lengths, strict=True)
+        ]
+        running = [s for s in segments if s.query_length]
+        row = torch.tensor([[i for ids in prompts for i in ids]], device=self.device)
+        positions = torch.tensor([positions_of(running)], device=self.device)
+        lengths = tuple(len(ids) for ids in prompts)
+        new = self.prefill_row(row, positions, lengths, group_segments(running), past)
+        return new if past is None else past.extended(new)
+
+    @torch.no_grad()
+    def prefill_row(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        lengths: tuple[int, ...],
+        groups: tuple[SegmentGroup, ...],
+        past: PromptCache | None = None,
+    ) -> PromptCache:
+        """Run one packed row, already laid out, and return the K/V that it recorded.
+
+        Args:
+            input_ids, position_ids: (1, T) int64.
+            lengths: tokens of each prompt in the row; zeros are prompts with nothing to run.
+            groups: the row's segments.
+        """
+        record = PromptCache(lengths)
+        if not input_ids.shape[1]:
+            return _empty_cache(lengths, self.causal_lm)
+        check_positions(self.config, int(position_ids.max()))
+        last = self.config.num_hidden_layers - 1 if self.stop_early else None
+        job = AttentionJob(groups, past=past, record=record, last_layer=last)
+        with self.base_weights(), contextlib.suppress(LastLayerReached):
+            run_backbone(self.causal_lm, input_ids, position_ids, job)
+        return record
+
+
+def _empty_cache(lengths: tuple[int, ...], model: PreTrainedModel) -> PromptCache:
+    """A cache of no tokens, for batches in which the decoder runs everything."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    shape = (config.num_key_value_heads, 0, head_dim)
+    blank = [
+        torch.empty(shape, dtype=model.dtype, device=model.device)
+        for _ in range(config.num_hidden_layers)
+    ]
+    return PromptCache(lengths, blank, list(blank))
+
+
+def attach_loss_head(model: nn.Module) -> None:
+    """Teach a causal LM's forward to take a packed row and return loss sums.
+
+    `model(input_ids, position_ids, labels, target_index=..., prefillshare_job=...)` then returns a
+    dict of `nll` and `correct` (see `loss.LossSums`). Any other call is untouched. It is done on
+    the instance, inside the forward, because wrappers (DDP, FSDP, DeepSpeed, PEFT) only do their
+    work around a forward. Calling it twice is harmless.
+    """
+    causal_lm = causal_lm_of(model)
+    if getattr(causal_lm, "_prefillshare_loss_head", False):
+        return
+    plain_forward = causal_lm.forward
+    transform = LogitTransform.of(causal_lm.config)
+
+    def forward(
+        self: PreTrainedModel,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        target_index: Tensor | None = None,
+        count_correct: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if target_index is None:
+            return plain_forward(input_ids, *args, **kwargs)
+        assert input_ids is not None
+        job = kwargs[JOB_KEYWORD]
+        hidden = run_backbone(self, input_ids, kwargs["position_ids"], job)
+        sums: LossSums = linear_cross_entropy(
+            hidden[0, target_index[0]],
+            self.get_output_embeddings(),
+            kwargs["labels"][0],
+            transform,
+            count_correct=count_correct,
+        )
+        return {"nll": sums.nll, "correct": sums.correct}
+
+    causal_lm.forward = MethodType(forward, causal_lm)
+    causal_lm._prefillshare_loss_head = True

@@ -1,0 +1,27 @@
+"""Sources to conversations to token spans."""
+
+from prefillshare_train.data.answers import is_correct, parse_tool_calls
+from prefillshare_train.data.config import DataConfig, SourceConfig
+from prefillshare_train.data.errors import DataError, RowError, SeamError
+from prefillshare_train.data.pipeline import EvalExample, PreparedData, build_dataset, renderer_of
+from prefillshare_train.data.rendering import Renderer, make_renderer
+from prefillshare_train.data.report import DataReport
+from prefillshare_train.data.rows import Row
+
+__all__ = [
+    "DataConfig",
+    "DataError",
+    "DataReport",
+    "EvalExample",
+    "PreparedData",
+    "Renderer",
+    "Row",
+    "RowError",
+    "SeamError",
+    "SourceConfig",
+    "build_dataset",
+    "is_correct",
+    "make_renderer",
+    "parse_tool_calls",
+    "renderer_of",
+]

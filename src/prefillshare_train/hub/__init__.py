@@ -1,0 +1,1 @@
+"""Models in and out: conversion of base checkpoints from other formats."""
