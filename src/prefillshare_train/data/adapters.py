@@ -29,10 +29,13 @@ def _question_and_answer(record: Record, question: str, answer: str, **options: 
 
 
 def metamath(record: Record) -> Row:
-    """MetaMathQA: `query` and `response`, which ends in "The answer is: N"."""
-    return _question_and_answer(
-        record, text_of(record, "query"), text_of(record, "response"), scoring="math"
-    )
+    """MetaMathQA: `query` and `response`, which ends in "The answer is: N".
+
+    Other sets have these columns too; a response without that ending is compared as text.
+    """
+    answer = text_of(record, "response")
+    scoring = "math" if "answer is" in answer.lower() else "text"
+    return _question_and_answer(record, text_of(record, "query"), answer, scoring=scoring)
 
 
 def evol_instruct_code(record: Record) -> Row:

@@ -149,7 +149,8 @@ def split_rows(
     """Training and evaluation rows; rows with equal first prompts stay together.
 
     Returns:
-        Both in source order. Training keeps one row at least.
+        Both in source order. Training keeps one row at least. Where every group of equal prompts is
+        larger than the share, the smallest is evaluated where `max_rows` allows.
     """
     wanted = min(max(1, round(len(rows) * fraction)), len(rows) - 1) if fraction else 0
     if max_rows is not None:
@@ -164,6 +165,10 @@ def split_rows(
     for group in order:
         if len(chosen) + len(group) <= wanted:
             chosen.update(group)
+    if wanted and not chosen and len(order) > 1:
+        smallest = min(order, key=lambda group: len(group))
+        if max_rows is None or len(smallest) <= max_rows:
+            chosen.update(smallest)
     train = [item for index, item in enumerate(rows) if index not in chosen]
     return train, [rows[index] for index in sorted(chosen)]
 
@@ -209,16 +214,15 @@ def _tokenize(
         disable=len(loaded.rows) <= _PROGRESS_FROM,
     )
     for result in progress:
-        report.add(result)
         if config.overlong == "error":
             _refuse_overlong(result, config.max_length)
-        if isinstance(result, Drop):
-            continue
-        if config.dedupe and result.conversations in seen:
-            report.duplicates += 1
-            continue
-        seen.add(result.conversations)
-        rows.append(result)
+        if not isinstance(result, Drop):
+            if config.dedupe and result.conversations in seen:
+                report.duplicates += 1
+                continue
+            seen.add(result.conversations)
+            rows.append(result)
+        report.add(result)
     report.require_rows()
     return rows, report
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from prefillshare_train.data.errors import DataError, RowError, shorten
 from prefillshare_train.data.rows import Record
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_SPLIT_NAMES = ("train", "dev", "valid", "val", "test", "eval")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_SPLIT_NAMES = ("train", "dev", "valid", "validation", "val", "test", "eval", "evaluation")
+# A document of one such key is a row; one of any other key with a list wraps the rows.
+_LIST_COLUMNS = ("messages", "conversations")
 _Decode = json.JSONDecodeError
 _CORRECT = "Correct or remove the row"
 
@@ -107,14 +110,14 @@ def _files(directory: Path, source: SourceConfig) -> list[Path]:
     if not files:
         raise DataError(f"{directory}: no {', '.join(SUFFIXES)} file in it. Name another source")
     split = source.split or "train"
-    chosen = [file for file in files if re.match(rf"{re.escape(split)}(?![a-zA-Z0-9])", file.name)]
+    chosen = [file for file in files if _is_split(file, split)]
     if chosen:
         return chosen
     if source.split is not None:
         raise DataError(
             f"{directory}: no file of split {split!r}; found {names}. Name another split"
         )
-    if any(file.name.lower().startswith(_SPLIT_NAMES) for file in files):
+    if any(_is_split(file, name) for file in files for name in _SPLIT_NAMES):
         raise DataError(
             f"{directory}: several splits and none named train; found {names}. Set split, or name "
             "one file as the source"
@@ -122,10 +125,14 @@ def _files(directory: Path, source: SourceConfig) -> list[Path]:
     return files
 
 
+def _is_split(file: Path, split: str) -> bool:
+    return re.match(rf"{re.escape(split)}(?![a-z0-9])", file.name, re.IGNORECASE) is not None
+
+
 def _text(path: Path) -> str:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: cannot be read ({error}). Correct the file or the path"
         ) from error
@@ -154,13 +161,14 @@ def _whole_json(path: Path, text: str) -> list[Any] | None:
             f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno}). "
             "Correct the file"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}). Correct the file") from None
     if isinstance(value, list):
         return value
     if isinstance(value, dict):
-        lists = [item for item in value.values() if isinstance(item, list)]
-        if len(value) > 1 or not lists:
-            return [value]
-        return lists[0]
+        wrapped = [key for key in value if key not in _LIST_COLUMNS and len(value) == 1]
+        rows = value[wrapped[0]] if wrapped else None
+        return rows if isinstance(rows, list) else [value]
     raise DataError(f"{path}: holds {shorten(value)}. Give a list of objects")
 
 

@@ -91,7 +91,7 @@ class Renderer:
                 f"the template {self.name} is not valid Jinja (line {error.lineno}: "
                 f"{error.message}). Correct it"
             ) from error
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise RenderError(
                 f"the template {self.name} refuses the messages ({type(error).__name__}: {error})"
             ) from error
@@ -229,7 +229,8 @@ def packaged_templates(kind: Literal["chat", "prompt"]) -> list[str]:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of all that decides which ids a text gets.
 
-    Padding and truncation settings are left out: calls change them in place.
+    Padding and truncation settings are left out: calls change them in place, and trainers choose a
+    pad token where there is none.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -238,7 +239,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         state.pop("truncation", None)
     else:
         state = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
-    parts = [state, {key: str(value) for key, value in tokenizer.special_tokens_map.items()}]
+    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    special.pop("pad_token", None)
+    parts = [state, special]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

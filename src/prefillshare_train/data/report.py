@@ -17,6 +17,7 @@ _EXAMPLES = 3
 _BINS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _MEANINGS = {
     "no_trained_turn": "no assistant turn to train",
+    "no_prompt": "nothing stands before the first trained turn",
     "template_error": "refused by the template",
     "seam_mismatch": "prompt tokens are not a prefix of the full tokens",
     "empty_response": "the template renders the answer as nothing",

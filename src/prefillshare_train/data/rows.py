@@ -187,7 +187,7 @@ def normalise_calls(value: Any, where: str, origin: str) -> list[dict[str, Any]]
     calls = []
     for item in value:
         function = item.get("function", item) if isinstance(item, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        if not isinstance(function, dict) or not _is_name(function.get("name")):
             raise RowError(
                 origin,
                 f"{where}: a tool call has no name: {shorten(item)}",
@@ -210,6 +210,10 @@ def normalise_calls(value: Any, where: str, origin: str) -> list[dict[str, Any]]
     return calls
 
 
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def normalise_tools(value: Any, origin: str) -> list[Tool] | None:
     """Tools as `{"type": "function", "function": {...}}`; None where there are none."""
     value = parse_json(value, "tools", origin) if value else None
@@ -220,7 +224,7 @@ def normalise_tools(value: Any, origin: str) -> list[Tool] | None:
     tools = []
     for item in value:
         function = item.get("function", item) if isinstance(item, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        if not isinstance(function, dict) or not _is_name(function.get("name")):
             raise RowError(
                 origin,
                 f"a tool has no name: {shorten(item)}",

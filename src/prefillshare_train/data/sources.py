@@ -16,7 +16,7 @@ from prefillshare_train.data.seal_tools import SealTools
 
 RowMaker = Callable[[Record], Row | None]
 
-_MAKERS: dict[str, RowMaker] = {
+FORMATS: dict[str, RowMaker] = {
     "messages": formats.messages,
     "prompt_completion": formats.prompt_completion,
     "sharegpt": formats.sharegpt,
@@ -123,13 +123,17 @@ def _maker(source: SourceConfig, record: Record, base_dir: Path, seed: int) -> t
                 "(tool.jsonl in the data set)"
             )
         tools_file = require_path(source.tools_file, base_dir, "tools_file")
-        return name, SealTools(tools_file, source.distractors, seed).row
+        try:
+            return name, SealTools(tools_file, source.distractors, seed).row
+        except RowError as error:
+            # A bad pool is not a bad row, which would be collected and the pool read again.
+            raise DataError(f"tools_file: {error}") from error
     if source.tools_file is not None or source.distractors:
         raise DataError(
             f"tools_file and distractors are read by format seal_tools only, but the format of "
             f"{source.source} is {name}. Remove them"
         )
-    return name, _MAKERS[name]
+    return name, FORMATS[name]
 
 
 def _listing(errors: list[RowError], read: int) -> str:

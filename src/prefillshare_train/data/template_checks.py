@@ -1,4 +1,4 @@
-"""Templates that silently leave tools or tool calls out are found on the first row that has them."""
+"""Templates that silently leave out tools or tool calls are found on the first row with them."""
 
 from __future__ import annotations
 
@@ -28,18 +28,24 @@ class ToolChecks:
             prompt: their rendering, with tools and generation prompt.
 
         Raises:
-            DataError: the prompt is the same without tools.
+            DataError: the prompt is the same without tools, or lacks the name of one.
             RenderError: the template refuses the messages without tools.
         """
         if not row.tools:
             return
-        named = all(_names(prompt, tool["function"]["name"]) for tool in row.tools)
-        if named and self._shows_tools:
+        names = [tool["function"]["name"] for tool in row.tools]
+        left_out = [name for name in names if not _names(prompt, name)]
+        if not left_out and self._shows_tools:
             return
         if self._renderer.text(messages, None, add_generation_prompt=True) == prompt:
             raise DataError(
                 f"{row.origin}: the row has tools, but the template {self._renderer.name} ignores "
                 f"them: the prompt is the same with and without. {_FIX}"
+            )
+        if left_out:
+            raise DataError(
+                f"{row.origin}: the template {self._renderer.name} leaves out "
+                f"{len(left_out)} of the row's {len(names)} tools: {', '.join(left_out)}. {_FIX}"
             )
         self._shows_tools = True
 

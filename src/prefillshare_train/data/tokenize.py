@@ -17,7 +17,7 @@ from prefillshare_train.data.rows import Message, Row
 from prefillshare_train.data.template_checks import ToolChecks
 
 DropReason = Literal[
-    "no_trained_turn", "template_error", "seam_mismatch", "empty_response", "overlong"
+    "no_trained_turn", "no_prompt", "template_error", "seam_mismatch", "empty_response", "overlong"
 ]
 Note = Literal["no_end_token", "eos_appended", "end_token_inside_response"]
 _TAIL = 12
@@ -125,6 +125,13 @@ class RowTokenizer:
             trained = trained[-1:]
         if not trained:
             return Drop(row, "no_trained_turn", "no assistant message with a weight other than 0")
+        if trained[0] == 0:
+            return Drop(
+                row,
+                "no_prompt",
+                f"the assistant speaks first: {messages[0]['content'][:80]!r}. Remove the message, "
+                "give it weight: 0, or set data.system_prompt",
+            )
         try:
             turns = [self._turn_text(messages, index, row) for index in trained]
             self._checks.tools(row, messages[: trained[0]], turns[0].prompt)

@@ -1,0 +1,1 @@
+"""The pieces of `data/generate.py`; standard library only."""
