@@ -202,6 +202,14 @@ class PrefillModule:
         new = self.prefill_row(row, positions, lengths, group_segments(running), past)
         return new if past is None else past.extended(new)
 
+    def prefill_packed(self, batch: dict[str, Any]) -> PromptCache:
+        """Run the prompts of a batch that `packing.pack` made."""
+        layout = batch["layout"]
+        ids = batch["prefill_ids"]
+        positions = [i for length in layout.prompt_lengths for i in range(length)]
+        position_ids = torch.tensor([positions], dtype=torch.long, device=ids.device)
+        return self.prefill_row(ids, position_ids, layout.prompt_lengths, layout.prefill_groups)
+
     @torch.no_grad()
     def prefill_row(
         self,
@@ -220,7 +228,7 @@ class PrefillModule:
         """
         record = PromptCache(lengths)
         if not input_ids.shape[1]:
-            return _empty_cache(lengths, self.causal_lm)
+            return empty_cache(lengths, self.causal_lm)
         check_positions(self.config, int(position_ids.max()))
         last = self.config.num_hidden_layers - 1 if self.stop_early else None
         job = AttentionJob(groups, past=past, record=record, last_layer=last)
@@ -229,7 +237,7 @@ class PrefillModule:
         return record
 
 
-def _empty_cache(lengths: tuple[int, ...], model: PreTrainedModel) -> PromptCache:
+def empty_cache(lengths: tuple[int, ...], model: PreTrainedModel) -> PromptCache:
     """A cache of no tokens, for batches in which the decoder runs everything."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or (

@@ -1,0 +1,22 @@
+"""The `prefillshare` command."""
+
+from __future__ import annotations
+
+import typer
+
+from prefillshare_train.cli import demo, inspect, train
+
+app = typer.Typer(
+    name="prefillshare",
+    help="Fine-tune decoders that read a frozen base model's prompt KV cache.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("train")(train.train)
+app.command("inspect")(inspect.inspect)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,62 @@
+"""Loading a trained decoder over its base, with the contract checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from prefillshare_train.core.contract import Contract, weights_fingerprint
+from prefillshare_train.core.modules import PrefillModule, load_causal_lm
+
+
+@dataclass(frozen=True)
+class LoadedDecoder:
+    """A decoder ready to answer.
+
+    Attributes:
+        decoder: the decode module.
+        prefill: the frozen base that fills its prompt cache.
+        contract: what it was trained against.
+    """
+
+    decoder: nn.Module
+    prefill: PrefillModule
+    contract: Contract
+
+
+def load_decoder(
+    folder: Path | str,
+    *,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> LoadedDecoder:
+    """Load a decoder's folder and the base it was trained over.
+
+    Args:
+        base: hub id or path of the base, where it is not what the contract names.
+        dtype: dtype of base and decoder; the contract's K/V dtype where None.
+
+    Raises:
+        ContractError: the folder has no contract, or the base is not the one that it names. Both
+            fingerprints are in the message.
+    """
+    folder = Path(folder)
+    contract = Contract.load(folder)
+    dtype = dtype or getattr(torch, contract.kv_dtype)
+    model = load_causal_lm(
+        base or contract.base_id,
+        dtype=dtype,
+        revision=contract.base_revision if base is None else None,
+        device=device,
+    )
+    contract.verify(base_fingerprint=weights_fingerprint(model), config=model.config)
+    if contract.adapter == "none":
+        decoder: nn.Module = load_causal_lm(str(folder), dtype=dtype, device=device)
+        return LoadedDecoder(decoder.eval(), PrefillModule(model), contract)
+    decoder = PeftModel.from_pretrained(model, str(folder))
+    return LoadedDecoder(decoder.eval(), PrefillModule(decoder), contract)

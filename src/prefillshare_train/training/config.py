@@ -1,0 +1,54 @@
+"""Training arguments: everything of `transformers.TrainingArguments`, and what the method adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+from prefillshare_train.core.boundary import BoundaryRule
+
+
+@dataclass
+class CacheConditionedConfig(TrainingArguments):
+    """Arguments of `CacheConditionedTrainer`.
+
+    `per_device_train_batch_size` counts conversations; they are packed end to end without padding.
+    The loss is the mean over all target tokens of the global batch, however it is split.
+    """
+
+    method: str = "prefillshare"
+    """`prefillshare` trains on the base's prompt cache; `full_prompt` is ordinary fine-tuning on
+    the same rows, targets and loss, the baseline of every comparison."""
+    boundary: str = "last_token"
+    """Who runs the last prompt tokens: `last_token`, `generation_prompt`, `block_aligned:B` or
+    `ratio:r`."""
+    generate_every: int = 0
+    """Measure exact match by generating answers every this many steps; 0 never does."""
+    generate_rows: int = 32
+    """Evaluation turns to answer each time."""
+    generate_max_new_tokens: int = 256
+    """Longest answer in tokens."""
+    peak_tflops: float | None = None
+    """What one device reaches at best, in TFLOP/s; when given, MFU is logged."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in ("prefillshare", "full_prompt"):
+            raise ValueError(f"method {self.method!r} is neither prefillshare nor full_prompt")
+        BoundaryRule.parse(self.boundary)
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor is not supported; the chunked loss has none")
+        # Batches are packed rows, not columns that a model's signature could filter.
+        self.remove_unused_columns = False
+        # A loss that is not finite must stop the run, not be replaced by an average.
+        self.logging_nan_inf_filter = False
+        if self.gradient_checkpointing:
+            options: dict[str, Any] = dict(self.gradient_checkpointing_kwargs or {})
+            if options.setdefault("use_reentrant", False):
+                raise ValueError(
+                    "gradient_checkpointing_kwargs.use_reentrant must be false: reentrant "
+                    "checkpointing drops gradients of inputs passed by keyword"
+                )
+            self.gradient_checkpointing_kwargs = options

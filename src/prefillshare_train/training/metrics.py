@@ -1,0 +1,98 @@
+"""Throughput of training steps, by formulas that docs/method.md states."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from prefillshare_train.core.cost import matmul_parameters, step_flops
+from prefillshare_train.core.packing import BatchLayout
+
+
+class ThroughputMeter:
+    """Counts tokens, FLOPs and seconds of training steps between two logs.
+
+    Args:
+        causal_lm: the decoder, without a PEFT wrapper.
+        full: its own weights are trained (not adapters).
+        peak_tflops: what a device reaches at best; MFU is reported when given.
+    """
+
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        *,
+        full: bool,
+        checkpointing: bool,
+        peak_tflops: float | None = None,
+    ) -> None:
+        self._config = causal_lm.config
+        self._stack, self._head = matmul_parameters(causal_lm)
+        self._full = full
+        self._checkpointing = checkpointing
+        self._peak = peak_tflops
+        self._clear()
+
+    def _clear(self) -> None:
+        self._seconds = 0.0
+        self._response = self._prompt = self._base = self._decoder = 0
+        self._flops = 0
+
+    @contextlib.contextmanager
+    def step(self, layout: BatchLayout) -> Iterator[None]:
+        """Time one micro-batch."""
+        start = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - start
+        self._response += layout.response_tokens
+        self._prompt += layout.prompt_tokens
+        self._base += sum(layout.prompt_lengths)
+        self._decoder += sum(g.count * g.query_length for g in layout.decode_groups)
+        self._flops += self.flops(layout)
+
+    def flops(self, layout: BatchLayout) -> int:
+        """FLOPs of one micro-batch, prefill, forward and backward."""
+        return step_flops(
+            layout,
+            stack=self._stack,
+            head=self._head,
+            config=self._config,
+            trains_base_weights=self._full,
+            checkpointing=self._checkpointing,
+        )
+
+    def drain(self) -> dict[str, float]:
+        """What was counted since the last call, as rates; empty before the first step.
+
+        `padding_share` is 0 by construction: batches are packed, and nothing is ever padded.
+        """
+        if not self._seconds:
+            return {}
+        rates: dict[str, Any] = {
+            "response_tokens_per_s": self._response / self._seconds,
+            "prompt_tokens_per_s": self._prompt / self._seconds,
+            "tokens_per_s": (self._prompt + self._response) / self._seconds,
+            "tflops": self._flops / self._seconds / 1e12,
+            "base_token_share": self._base / (self._base + self._decoder),
+            "padding_share": 0.0,
+            "peak_memory_mib": peak_memory_mib(),
+        }
+        if self._peak:
+            rates["mfu"] = rates["tflops"] / self._peak
+        self._clear()
+        return {key: round(value, 5) for key, value in rates.items()}
+
+
+def peak_memory_mib() -> float:
+    """Highest memory so far in MiB: of the CUDA allocator where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,0 +1,201 @@
+"""Recipes: YAML files and `key=value` overrides onto typed dataclasses.
+
+OmegaConf reads, merges and interpolates; pydantic checks and converts. Unknown keys are errors that
+suggest the nearest name, and every error is raised before any data or model is touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from prefillshare_train.core.boundary import BoundaryRule
+from prefillshare_train.data import DataConfig
+from prefillshare_train.training.config import CacheConditionedConfig
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class RecipeError(ValueError):
+    """A recipe is wrong; the message names the file or key, what was found and what to do."""
+
+
+@dataclass(kw_only=True)
+class BaseConfig:
+    """The frozen base that prefills."""
+
+    model: str
+    """Hub id or local path."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub model."""
+    dtype: Dtype = "bfloat16"
+    """dtype of the base's weights, and so of the prompt cache."""
+
+
+@dataclass(kw_only=True)
+class DecoderConfig:
+    """The decoder that is trained."""
+
+    adapter: Literal["none", "lora"] = "lora"
+    """`lora` shares one copy of the weights with the base; `none` trains a full second copy."""
+    lora: dict[str, Any] = field(
+        default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+    )
+    """Any field of `peft.LoraConfig`."""
+    dtype: Dtype = "float32"
+    """dtype of a fully trained decoder's weights. Adapters are float32 whatever the base's."""
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """One training run."""
+
+    base: BaseConfig
+    """The frozen base."""
+    data: DataConfig
+    """Rows and how they become tokens."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """What is trained."""
+    method: Literal["prefillshare", "full_prompt"] = "prefillshare"
+    """`prefillshare`, or `full_prompt` for the ordinary fine-tuning baseline on the same rows."""
+    boundary: str = "last_token"
+    """Boundary rule: `last_token`, `generation_prompt`, `block_aligned:B` or `ratio:r`."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Any field of `CacheConditionedConfig`, that is of `transformers.TrainingArguments` too."""
+
+    def __post_init__(self) -> None:
+        BoundaryRule.parse(self.boundary)
+        if "output_dir" not in self.training:
+            raise ValueError("training.output_dir is missing: name the folder for checkpoints")
+
+    def training_arguments(self) -> CacheConditionedConfig:
+        """The trainer's arguments, checked by binding them to the dataclass.
+
+        Raises:
+            RecipeError: a value is not one that the trainer takes.
+        """
+        try:
+            return CacheConditionedConfig(
+                **self.training, method=self.method, boundary=self.boundary
+            )
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"training: {error}") from error
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe and where it lies, since relative paths in it are looked up from there."""
+
+    recipe: Recipe
+    base_dir: Path
+    values: dict[str, Any]
+
+    def to_yaml(self) -> str:
+        """The composed recipe, for the run's folder."""
+        return yaml.safe_dump(self.values, sort_keys=False)
+
+
+def load_recipe(paths: Sequence[Path | str], overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Compose recipe files from left to right, then `key=value` overrides.
+
+    A file's `include:` lists files, relative to it, that are composed before it.
+
+    Raises:
+        RecipeError: a file is missing or not YAML, a key is unknown or a value is of a wrong type.
+    """
+    if not paths:
+        raise RecipeError("no recipe file was given")
+    merged = OmegaConf.create({})
+    try:
+        for path in paths:
+            merged = OmegaConf.merge(merged, *_with_includes(Path(path), ()))
+        for text in overrides:
+            if "=" not in text:
+                raise RecipeError(f"override {text!r} is not key=value")
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"{paths[-1]}: {error}") from error
+    assert isinstance(values, dict)
+    plain: dict[str, Any] = {str(key): value for key, value in values.items()}
+    return LoadedRecipe(parse_recipe(plain), Path(paths[-1]).resolve().parent, plain)
+
+
+def parse_recipe(values: dict[str, Any]) -> Recipe:
+    """Check a composed recipe.
+
+    Raises:
+        RecipeError: see `load_recipe`.
+    """
+    _check_keys(values, Recipe, "")
+    _check_names(values.get("training") or {}, CacheConditionedConfig, "training.")
+    taken = {"method", "boundary"} & set(values.get("training") or {})
+    if taken:
+        raise RecipeError(f"training.{min(taken)}: set {min(taken)} at the top of the recipe")
+    try:
+        recipe: Recipe = TypeAdapter(Recipe).validate_python(values)
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(map(str, item['loc'])) or 'recipe'}: {item['msg']}"
+            + (f" (found {item['input']!r})" if item["type"] != "missing" else "")
+            for item in error.errors()
+        ]
+        raise RecipeError("the recipe is not valid:\n" + "\n".join(lines)) from error
+    return recipe
+
+
+def _with_includes(path: Path, parents: tuple[Path, ...]) -> list[Any]:
+    path = path.resolve()
+    if path in parents:
+        raise RecipeError(f"{path}: recipes include each other in a circle")
+    if not path.is_file():
+        raise RecipeError(f"{path}: there is no such recipe file")
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    if not OmegaConf.is_dict(config):
+        raise RecipeError(f"{path} is not a mapping of keys to values")
+    includes = config.pop("include", None) or []
+    layers = [
+        layer
+        for name in ([includes] if isinstance(includes, str) else includes)
+        for layer in _with_includes(path.parent / name, (*parents, path))
+    ]
+    return [*layers, config]
+
+
+def _check_keys(values: Any, kind: Any, where: str) -> None:
+    """Refuse unknown keys of a dataclass, and of the dataclasses inside it."""
+    if not isinstance(values, dict):
+        return
+    _check_names(values, kind, where)
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
+        for inner in _dataclasses_in(hints[name]):
+            _check_keys(value, inner, f"{where}{name}.")
+
+
+def _check_names(values: dict[str, Any], kind: Any, where: str) -> None:
+    names = [f.name for f in dataclasses.fields(kind) if f.init]
+    for name in values:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1)
+            hint = f"Did you mean {where}{near[0]}?" if near else f"Known: {', '.join(names[:20])}"
+            raise RecipeError(f"unknown key {where}{name}. {hint}")
+
+
+def _dataclasses_in(hint: Any) -> list[Any]:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return [option for option in options if dataclasses.is_dataclass(option)]

@@ -1,0 +1,175 @@
+"""One training run, from a recipe to a decoder in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from prefillshare_train.core.contract import Contract, cache_config, weights_fingerprint
+from prefillshare_train.core.families import check_supported, position_limit
+from prefillshare_train.core.modules import causal_lm_of, load_causal_lm
+from prefillshare_train.data import PreparedData, build_dataset
+from prefillshare_train.training.checkpoints import StopOnSignal
+from prefillshare_train.training.exact_match import ExactMatchCallback
+from prefillshare_train.training.recipe import LoadedRecipe, Recipe, RecipeError
+from prefillshare_train.training.trainer import CacheConditionedTrainer
+
+DECODER_FOLDER = "decoder"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left.
+
+    Attributes:
+        decoder: folder of the finished decoder, None when a signal stopped the run early.
+        trainer: the trainer, with its model and log history.
+        data: the prepared data.
+    """
+
+    decoder: Path | None
+    trainer: CacheConditionedTrainer
+    data: PreparedData
+
+
+def prepare_data(loaded: LoadedRecipe) -> tuple[PreTrainedTokenizerBase, PreparedData]:
+    """Everything before weights: configuration, tokenizer, template and data are checked here."""
+    recipe = loaded.recipe
+    config = AutoConfig.from_pretrained(recipe.base.model, revision=recipe.base.revision)
+    check_supported(config)
+    limit = position_limit(config)
+    if limit is not None and recipe.data.max_length > limit:
+        raise RecipeError(
+            f"data.max_length is {recipe.data.max_length}, but this model's RoPE depends on the "
+            f"batch's length past {limit}: set it to {limit} or less"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(recipe.base.model, revision=recipe.base.revision)
+    data = build_dataset(
+        recipe.data,
+        tokenizer,
+        base_dir=loaded.base_dir,
+        end_token_ids=_generation_ends(recipe),
+    )
+    return tokenizer, data
+
+
+def _generation_ends(recipe: Recipe) -> list[int]:
+    try:
+        ends = GenerationConfig.from_pretrained(
+            recipe.base.model, revision=recipe.base.revision
+        ).eos_token_id
+    except OSError:
+        return []
+    return [ends] if isinstance(ends, int) else list(ends or [])
+
+
+def build_models(recipe: Recipe) -> tuple[nn.Module, nn.Module | None, str]:
+    """Load the decoder, the base where it is a second model, and fingerprint the base.
+
+    Returns:
+        decoder, base (None for LoRA and for `full_prompt`), and the base's fingerprint.
+    """
+    name, revision = recipe.base.model, recipe.base.revision
+    base_dtype = getattr(torch, recipe.base.dtype)
+    if recipe.decoder.adapter == "lora":
+        model = load_causal_lm(name, dtype=base_dtype, revision=revision)
+        fingerprint = weights_fingerprint(model)
+        try:
+            settings = LoraConfig(task_type="CAUSAL_LM", **recipe.decoder.lora)
+        except TypeError as error:
+            raise RecipeError(f"decoder.lora: {error}") from error
+        return get_peft_model(model, settings), None, fingerprint
+    decoder = load_causal_lm(
+        name, dtype=getattr(torch, recipe.decoder.dtype), revision=revision
+    )
+    fingerprint = weights_fingerprint(decoder)
+    if recipe.method == "full_prompt":
+        return decoder, None, fingerprint
+    return decoder, load_causal_lm(name, dtype=base_dtype, revision=revision), fingerprint
+
+
+def make_contract(recipe: Recipe, model: nn.Module, data: PreparedData, base: str) -> Contract:
+    """The contract of a decoder about to be trained; `base` is the base's fingerprint."""
+    prompt = data.renderer.fingerprint()
+    # Where a template lies and what it is called shape nothing; its text does.
+    prompt = {key: value for key, value in prompt.items() if key not in ("kind", "name")}
+    plain: dict[str, Any] = json.loads(json.dumps(prompt))
+    return Contract(
+        base_id=recipe.base.model,
+        base_revision=recipe.base.revision,
+        base_fingerprint=base,
+        cache_config=cache_config(causal_lm_of(model).config),
+        prompt=plain,
+        boundary=recipe.boundary,
+        kv_dtype=recipe.base.dtype,
+        method=recipe.method,
+        adapter=recipe.decoder.adapter,
+    )
+
+
+def run_training(loaded: LoadedRecipe, *, resume: bool = False) -> RunResult:
+    """Train a recipe to its end and leave the decoder in `<output_dir>/decoder`.
+
+    Args:
+        resume: go on from the newest complete checkpoint, if there is one.
+
+    Raises:
+        RecipeError: the output directory already holds a run and `resume` is False.
+    """
+    recipe = loaded.recipe
+    arguments = recipe.training_arguments()
+    output = Path(arguments.output_dir)
+    held = sorted(output.glob("checkpoint-*")) or sorted(output.glob(DECODER_FOLDER))
+    if held and not resume:
+        raise RecipeError(
+            f"{output} already holds {held[-1].name}; add --resume to go on, or name another "
+            "training.output_dir"
+        )
+    tokenizer, data = prepare_data(loaded)
+    model, base, fingerprint = build_models(recipe)
+    stop = StopOnSignal()
+    trainer = CacheConditionedTrainer(
+        model,
+        arguments,
+        base=base,
+        train_dataset=data.train,
+        eval_dataset=data.eval or None,
+        contract=make_contract(recipe, model, data, fingerprint),
+        processing_class=tokenizer,
+        callbacks=[stop],
+    )
+    trainer.add_callback(ExactMatchCallback(trainer, data.eval_examples, data.renderer))
+    checkpoint = trainer.last_checkpoint() if resume else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.stopped:
+        return RunResult(None, trainer, data)
+    if data.eval:
+        trainer.evaluate()
+    decoder = output / DECODER_FOLDER
+    publish_decoder(trainer, decoder, loaded.to_yaml())
+    return RunResult(decoder, trainer, data)
+
+
+def publish_decoder(trainer: CacheConditionedTrainer, place: Path, recipe_yaml: str) -> None:
+    """Save the decoder, its contract, recipe and log beside its place, then rename it there."""
+    beside = place.with_name(f".unfinished-{place.name}")
+    if trainer.args.should_save:
+        shutil.rmtree(beside, ignore_errors=True)
+    trainer.save_model(str(beside))
+    if not trainer.args.should_save:
+        return
+    (beside / "recipe.yaml").write_text(recipe_yaml)
+    history = json.dumps(trainer.state.log_history, indent=1)
+    (beside / "log_history.json").write_text(history + "\n")
+    if place.exists():
+        shutil.rmtree(place)
+    os.rename(beside, place)

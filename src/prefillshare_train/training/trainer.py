@@ -1,0 +1,247 @@
+"""A `transformers.Trainer` whose model reads the frozen base's prompt cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from prefillshare_train.core.attention import JOB_KEYWORD, AttentionJob
+from prefillshare_train.core.boundary import BoundaryRule
+from prefillshare_train.core.contract import Contract
+from prefillshare_train.core.modules import (
+    PrefillModule,
+    attach_loss_head,
+    causal_lm_of,
+    check_positions,
+    use_prefillshare_attention,
+)
+from prefillshare_train.core.packing import BatchLayout, Method, pack
+from prefillshare_train.core.prompt_cache import PromptCache
+from prefillshare_train.core.spans import Conversation
+from prefillshare_train.training.checkpoints import AtomicCheckpoints
+from prefillshare_train.training.config import CacheConditionedConfig
+from prefillshare_train.training.metrics import ThroughputMeter
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss is not finite; the message names the step and the last good checkpoint."""
+
+
+def collate(
+    conversations: Sequence[Conversation], *, rule: BoundaryRule, method: Method
+) -> dict[str, Any]:
+    """Pack conversations; see `core.packing.pack`. `shift_labels` tells the Trainer that targets
+    are already shifted, so that it counts every one of them."""
+    batch = pack(conversations, rule, method)
+    batch["shift_labels"] = batch["labels"]
+    return batch
+
+
+class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
+    """Trains a decoder on response tokens only, conditioned on the base's prompt cache.
+
+    Args:
+        model: the decoder: a causal LM (full fine-tuning) or a `PeftModel`.
+        args: a `CacheConditionedConfig`.
+        base: the frozen base, for full fine-tuning; a LoRA decoder's base is the model itself with
+            its adapters off, so None. Not read for `method: full_prompt`.
+        train_dataset, eval_dataset: sequences of `Conversation`.
+        contract: saved into every checkpoint.
+        **kwargs: anything else that `Trainer` takes.
+
+    Raises:
+        ValueError: a base is missing, or given where the decoder already carries it.
+        UnsupportedModelError: the architecture's prompt cache cannot be shared.
+    """
+
+    args: CacheConditionedConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: CacheConditionedConfig,
+        *,
+        train_dataset: Sequence[Conversation] | None = None,
+        eval_dataset: Sequence[Conversation] | None = None,
+        base: nn.Module | None = None,
+        contract: Contract | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        use_prefillshare_attention(model)
+        self.rule = BoundaryRule.parse(args.boundary)
+        self.contract = contract
+        self.prefill = self._prefill_module(model, base, args.method)
+        attach_loss_head(model)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=partial(collate, rule=self.rule, method=args.method),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        # compute_loss divides by the tokens of the whole global batch.
+        self.model_accepts_loss_kwargs = True
+        if self.prefill is not None and base is not None:
+            base.to(self.args.device)
+        self.meter = ThroughputMeter(
+            causal_lm_of(model),
+            full=not isinstance(model, PeftModel),
+            checkpointing=args.gradient_checkpointing,
+            peak_tflops=args.peak_tflops,
+        )
+
+    @staticmethod
+    def _prefill_module(
+        model: nn.Module, base: nn.Module | None, method: str
+    ) -> PrefillModule | None:
+        if method == "full_prompt":
+            return None
+        if isinstance(model, PeftModel):
+            if base is not None:
+                raise ValueError(
+                    "a PeftModel carries its base: the adapters are switched off to prefill. "
+                    "Leave `base` out"
+                )
+            return PrefillModule(model)
+        if base is None:
+            raise ValueError(
+                "full fine-tuning needs the frozen base as a second model: pass `base`, or train "
+                "a LoRA decoder, which shares one copy of the weights"
+            )
+        if base is model:
+            raise ValueError("`base` is the model being trained; load it a second time")
+        return PrefillModule(base)
+
+    # -- one step ---------------------------------------------------------------------------------
+
+    def prompt_cache(self, inputs: dict[str, Any]) -> PromptCache | None:
+        """Run the base over a packed batch's prompts; None for `full_prompt`."""
+        if self.prefill is None:
+            return None
+        return self.prefill.prefill_packed(inputs)
+
+    def loss_sums(
+        self, model: nn.Module, inputs: dict[str, Any], *, count_correct: bool = False
+    ) -> dict[str, Tensor]:
+        """Summed loss of a packed batch (`nll`, and `correct` when asked for)."""
+        layout: BatchLayout = inputs["layout"]
+        check_positions(causal_lm_of(self.model).config, layout.max_position)
+        job = AttentionJob(layout.decode_groups, past=self.prompt_cache(inputs))
+        sums: dict[str, Tensor] = model(
+            input_ids=inputs["input_ids"],
+            position_ids=inputs["position_ids"],
+            labels=inputs["labels"],
+            target_index=inputs["target_index"],
+            count_correct=count_correct,
+            **{JOB_KEYWORD: job},
+        )
+        return sums
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean loss over target tokens.
+
+        Normalised by `num_items_in_batch`, the target tokens of the whole global batch, so that
+        batch 1 x accumulation 8 equals batch 8 x 1; by this batch's own where it is not given.
+        """
+        sums = self.loss_sums(model, inputs)
+        self.loss_is_scaled_for_ga = num_items_in_batch is not None
+        if num_items_in_batch is None:
+            loss = sums["nll"] / inputs["labels"].numel()
+        else:
+            loss = sums["nll"] / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes
+        return (loss, sums) if return_outputs else loss
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        with self.meter.step(inputs["layout"]):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            last = self.last_checkpoint()
+            raise TrainingDivergedError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}. "
+                + (f"The last good checkpoint is {last}. " if last else "Nothing was saved yet. ")
+                + "Lower learning_rate, or look at the rows of this step with `prefillshare inspect`"
+            )
+        return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """FLOPs of a step, by the formula in docs/method.md."""
+        return self.meter.flops(inputs["layout"])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self.meter.drain()}
+        super().log(logs, start_time)
+
+    # -- evaluation -------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Loss, token accuracy and perplexity over target tokens, whatever the batch split."""
+        model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        model = self.model_wrapped if self.is_in_train else model
+        was_training = model.training
+        model.eval()
+        totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        examples = 0
+        with torch.no_grad():
+            for inputs in dataloader:
+                inputs = self._prepare_inputs(inputs)
+                with self.compute_loss_context_manager():
+                    sums = self.loss_sums(model, inputs, count_correct=True)
+                count = inputs["labels"].numel()
+                totals += torch.stack(
+                    [sums["nll"].double(), sums["correct"].double(), totals.new_tensor(count)]
+                )
+                examples += inputs["layout"].conversations
+                self.control = self.callback_handler.on_prediction_step(
+                    self.args, self.state, self.control
+                )
+        model.train(was_training)
+        nll, correct, tokens = self.accelerator.reduce(totals, "sum").tolist()
+        loss = nll / tokens
+        metrics = {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_perplexity": float(torch.tensor(loss).exp()),
+            f"{metric_key_prefix}_token_accuracy": correct / tokens,
+        }
+        return EvalLoopOutput(None, None, metrics, examples)
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self.contract is not None:
+            self.contract.save(Path(output_dir or self.args.output_dir))
