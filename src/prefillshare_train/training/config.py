@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from prefillshare_train.core.boundary import BoundaryRule
@@ -34,6 +35,10 @@ class CacheConditionedConfig(TrainingArguments):
     """What one device reaches at best, in TFLOP/s; when given, MFU is logged."""
 
     def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            # transformers takes bf16 on a CPU only when told that the CPU is meant.
+            self.use_cpu = self.use_cpu or bool(self.bf16)
+            self.dataloader_pin_memory = False
         super().__post_init__()
         if self.method not in ("prefillshare", "full_prompt"):
             raise ValueError(f"method {self.method!r} is neither prefillshare nor full_prompt")

@@ -85,10 +85,13 @@ class Recipe:
         Raises:
             RecipeError: a value is not one that the trainer takes.
         """
+        # YAML reads a bare `no` as false; every *_strategy takes the word.
+        values = {
+            key: "no" if value is False and key.endswith("_strategy") else value
+            for key, value in self.training.items()
+        }
         try:
-            return CacheConditionedConfig(
-                **self.training, method=self.method, boundary=self.boundary
-            )
+            return CacheConditionedConfig(**values, method=self.method, boundary=self.boundary)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"training: {error}") from error
 
