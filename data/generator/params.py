@@ -317,9 +317,7 @@ KITS: dict[str, Kit] = {
         "express delivery", "express is_express", "by express delivery / without express delivery"
     ),
     "private": _flag("privacy", "private is_private", "kept private / open to the public"),
-    "insured": _flag(
-        "insurance", "insured with_insurance", "with insurance / without insurance"
-    ),
+    "insured": _flag("insurance", "insured with_insurance", "with insurance / without insurance"),
     "breakfast": _flag(
         "breakfast", "breakfast with_breakfast", "with breakfast / without breakfast"
     ),
@@ -334,14 +332,14 @@ KITS: dict[str, Kit] = {
         v.several(v.one_of(v.FIRST_NAMES)),
         "with {v}|attended by {v}",
     ),
-    "tags": _kit("tags", "tags labels", v.several(v.one_of(v.TAGS)), "tagged {v}|with the tags {v}"),
+    "tags": _kit(
+        "tags", "tags labels", v.several(v.one_of(v.TAGS)), "tagged {v}|with the tags {v}"
+    ),
     "items": _kit("items", "items articles", v.several(v.one_of(v.ITEMS)), "containing {v}"),
     "skills": _kit(
         "skills", "skills required_skills", v.several(v.one_of(v.SKILLS)), "with skills in {v}"
     ),
-    "numbers": _kit(
-        "numbers", "numbers values data", v.several(v.whole(2, 99), 3, 5), "for {v}"
-    ),
+    "numbers": _kit("numbers", "numbers values data", v.several(v.whole(2, 99), 3, 5), "for {v}"),
 }
 
 # For arguments that only one kind of thing has: `label:pool` in the catalogues.

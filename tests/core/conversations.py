@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tests.core.families import VOCAB, WINDOW
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,7 +17,6 @@ from prefillshare_train.core.modules import PrefillModule, attach_loss_head
 from prefillshare_train.core.packing import BatchLayout, pack
 from prefillshare_train.core.prompt_cache import PromptCache
 from prefillshare_train.core.spans import Conversation, Turn
-from tests.core.families import VOCAB, WINDOW
 
 HEADER = 2
 

@@ -14,13 +14,6 @@ from functools import cache
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-from prefillshare_train.core.boundary import BoundaryRule
-from prefillshare_train.core.families import PROVEN
-from prefillshare_train.core.modules import PrefillModule
-from prefillshare_train.core.spans import Conversation
 from tests.core import families
 from tests.core.conversations import (
     RULES,
@@ -30,6 +23,13 @@ from tests.core.conversations import (
     reference_step,
     single_turns,
 )
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prefillshare_train.core.boundary import BoundaryRule
+from prefillshare_train.core.families import PROVEN
+from prefillshare_train.core.modules import PrefillModule
+from prefillshare_train.core.spans import Conversation
 
 BATCHES = {"single_turn": single_turns(), "multi_turn": multi_turns()}
 _LORA_FAMILIES = ("llama", "gemma3_text", "phi3", "gpt_oss", "qwen3_moe")

@@ -206,14 +206,10 @@ class _Loop:
 
     def _run_boundary(self) -> tuple[Tensor, _DecodeState]:
         """Run each prompt's last tokens on the decoder; its hidden state at the very last one."""
-        tails = [
-            ids[held:] for ids, held in zip(self.prompts, self.cache.lengths, strict=True)
-        ]
+        tails = [ids[held:] for ids, held in zip(self.prompts, self.cache.lengths, strict=True)]
         segments = [
             Segment(len(tail), start, held)
-            for tail, start, held in zip(
-                tails, self.cache.starts, self.cache.lengths, strict=True
-            )
+            for tail, start, held in zip(tails, self.cache.starts, self.cache.lengths, strict=True)
         ]
         own = PromptCache(tuple(len(tail) for tail in tails))
         job = AttentionJob(group_segments(segments), past=self.cache, record=own)

@@ -83,7 +83,9 @@ def pack(
             stretches = [(0, end - 1, conversation.turns)]
             prompt_lengths.append(0)
         else:
-            starts = [rule.base_length(t.prompt_length, t.header_length) for t in conversation.turns]
+            starts = [
+                rule.base_length(t.prompt_length, t.header_length) for t in conversation.turns
+            ]
             stretches = [
                 (start, turn.end - 1, (turn,))
                 for start, turn in zip(starts, conversation.turns, strict=True)

@@ -96,7 +96,9 @@ class PromptCache:
         def take(t: Tensor) -> Tensor:
             return torch.cat([t[:, a:b] for a, b in spans], dim=1)
 
-        return PromptCache(tuple(cuts), [take(k) for k in self.keys], [take(v) for v in self.values])
+        return PromptCache(
+            tuple(cuts), [take(k) for k in self.keys], [take(v) for v in self.values]
+        )
 
     def extended(self, new: PromptCache) -> PromptCache:
         """Each prompt followed by the tokens that `new` recorded for it (partial prefill)."""

@@ -47,9 +47,7 @@ def run_demo(model: Path, out: Path, recipes: Path, *, rows: int, steps: int | N
     comparison = _compare(loaded, tools.data, rows)
     out.mkdir(parents=True, exist_ok=True)
     (out / "comparison.json").write_text(json.dumps(comparison, indent=2) + "\n")
-    plot = plot_losses(
-        {task: run.history for task, run in trained.items()}, out / "loss.png"
-    )
+    plot = plot_losses({task: run.history for task, run in trained.items()}, out / "loss.png")
     shared = _share_one_prefill(loaded, trained["math"].folder, tools.data)
     console = Console(width=100)
     with console.capture() as captured:

@@ -18,9 +18,7 @@ _STYLES = {"base": "blue", "decoder": "yellow", "trained": "bold green"}
 _BARS = 30
 
 
-def token_views(
-    recipe: Recipe, data: PreparedData, rows: int, *, marks: bool
-) -> Iterator[Text]:
+def token_views(recipe: Recipe, data: PreparedData, rows: int, *, marks: bool) -> Iterator[Text]:
     """One text a turn of the first training conversations.
 
     Args:
@@ -49,9 +47,7 @@ def token_views(
             yield text
 
 
-def _append(
-    text: Text, name: str, ids: Sequence[int], renderer: Renderer, marks: bool
-) -> None:
+def _append(text: Text, name: str, ids: Sequence[int], renderer: Renderer, marks: bool) -> None:
     if ids:
         text.append(f"[{name}]" if marks else "")
         text.append(renderer.decode(list(ids)), style=_STYLES[name])

@@ -88,9 +88,7 @@ def build_models(recipe: Recipe) -> tuple[nn.Module, nn.Module | None, str]:
         except TypeError as error:
             raise RecipeError(f"decoder.lora: {error}") from error
         return get_peft_model(model, settings), None, fingerprint
-    decoder = load_causal_lm(
-        name, dtype=getattr(torch, recipe.decoder.dtype), revision=revision
-    )
+    decoder = load_causal_lm(name, dtype=getattr(torch, recipe.decoder.dtype), revision=revision)
     fingerprint = weights_fingerprint(decoder)
     if recipe.method == "full_prompt":
         return decoder, None, fingerprint

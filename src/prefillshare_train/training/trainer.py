@@ -241,7 +241,9 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
 
     # -- checkpoints ------------------------------------------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save and self.contract is not None:
             self.contract.save(Path(output_dir or self.args.output_dir))
