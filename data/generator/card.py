@@ -31,11 +31,11 @@ gives the same bytes every time, and `--check` compares.
 |---|---|---|
 {table}
 
-- `tool_calling`: `messages` and `tools`, in the form of the OpenAI chat API. Tools are composed from
-  catalogues of things, verbs and argument kits: {train_tools} of them in training, {held_tools}
-  others in the held-out part. No held-out tool appears in training, called or offered. A row
-  offers its tool among neighbours of the same field. Some requests need two calls, some none of
-  the tools, some a second turn. Every argument is said in the request.
+- `tool_calling`: `messages` and `tools`, in the form of the OpenAI chat API. Tools are composed
+  from catalogues of things, verbs and argument kits: {train_tools} of them in training,
+  {held_tools} others in the held-out part. No held-out tool appears in training, called or
+  offered. A row offers its tool among neighbours of the same field. Some requests need two calls,
+  some none of the tools, some a second turn. Every argument is said in the request.
 - `math`: word problems with worked steps and a last line `#### N`; `answer` was computed apart
   from the steps.
 - `code`: one-expression Python functions; `examples` holds inputs and outputs of a real run.

@@ -1,4 +1,4 @@
-"""What a catalogue of tools is made of; the entries are in `catalogue_work` and `catalogue_life`."""
+"""What a catalogue of tools is made of. Its entries: `catalogue_work`, `catalogue_life`."""
 
 from __future__ import annotations
 

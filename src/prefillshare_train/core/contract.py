@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -82,7 +81,7 @@ class Contract:
         path = folder / CONTRACT_NAME
         beside = path.with_suffix(".tmp")
         beside.write_text(json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n")
-        os.replace(beside, path)
+        beside.replace(path)
         return path
 
     @classmethod
@@ -188,5 +187,5 @@ def _tensor_digest(name: str, tensor: Tensor) -> bytes:
     step = 1 << 24
     for start in range(0, rows.numel(), step):
         piece = rows[start : start + step].to("cpu", torch.bfloat16).contiguous()
-        hasher.update(piece.view(torch.uint8).numpy())
+        hasher.update(piece.view(torch.uint8).numpy().data)
     return hasher.digest()

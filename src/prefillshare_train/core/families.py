@@ -1,7 +1,7 @@
 """Which architectures may share a prompt cache, and why the others may not.
 
-An architecture is accepted when the parity tests (tests/core/test_family_parity.py) prove it: logits
-and every gradient equal a plain reference in float64. Everything else is refused by name.
+An architecture is accepted when the parity tests (tests/core/test_family_parity.py) prove it:
+logits and every gradient equal a plain reference in float64. Everything else is refused by name.
 """
 
 from __future__ import annotations

@@ -231,7 +231,8 @@ class _Loop:
         """Next token of each active row, from hidden states (B, D)."""
         logits = self.transform(self.model.get_output_embeddings()(hidden)).float()
         if self.processors:
-            logits = self.processors(self._history(active, hidden.device), logits)
+            history: Any = self._history(active, hidden.device)
+            logits = self.processors(history, logits)
         if self.sampler is None:
             picked: list[int] = logits.argmax(-1).tolist()
             return picked

@@ -23,6 +23,8 @@ from prefillshare_train.core.layout import Segment, SegmentGroup, group_segments
 from prefillshare_train.core.loss import LogitTransform, LossSums, linear_cross_entropy
 from prefillshare_train.core.prompt_cache import PromptCache
 
+_LOSS_HEAD = "_prefillshare_loss_head"
+
 
 def load_causal_lm(
     name_or_path: str,
@@ -55,7 +57,9 @@ def load_causal_lm(
         attn_implementation=ATTENTION_NAME,
         use_safetensors=True,
     )
-    return model.to(device) if device is not None else model
+    if device is not None:
+        nn.Module.to(model, device)
+    return model
 
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
@@ -260,7 +264,7 @@ def attach_loss_head(model: nn.Module) -> None:
     work around a forward. Calling it twice is harmless.
     """
     causal_lm = causal_lm_of(model)
-    if getattr(causal_lm, "_prefillshare_loss_head", False):
+    if getattr(causal_lm, _LOSS_HEAD, False):
         return
     plain_forward = causal_lm.forward
     transform = LogitTransform.of(causal_lm.config)
@@ -288,4 +292,4 @@ def attach_loss_head(model: nn.Module) -> None:
         return {"nll": sums.nll, "correct": sums.correct}
 
     causal_lm.forward = MethodType(forward, causal_lm)
-    causal_lm._prefillshare_loss_head = True
+    setattr(causal_lm, _LOSS_HEAD, True)

@@ -79,7 +79,11 @@ class PromptCache:
         )
 
     def select(self, prompts: Sequence[int], lengths: Sequence[int] | None = None) -> PromptCache:
-        """Some prompts of this cache, in the order given, each cut to its first `lengths[i]` tokens.
+        """Some prompts of this cache, in the order given, each cut to its first tokens.
+
+        Args:
+            prompts: which ones.
+            lengths: how many tokens of each to keep; all of them where None.
 
         Raises:
             ValueError: a cut is longer than what was recorded.

@@ -29,14 +29,19 @@ class AtomicCheckpoints(Trainer):
 
     _staging: Path | None = None
 
+    @property
+    def output_folder(self) -> Path:
+        """The run's folder."""
+        return Path(str(self.args.output_dir))
+
     def last_checkpoint(self) -> str | None:
         """The newest complete checkpoint in the output directory."""
-        folder = Path(self.args.output_dir)
+        folder = self.output_folder
         return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.should_save:
-            shutil.rmtree(Path(self.args.output_dir) / _STAGING, ignore_errors=True)
+            shutil.rmtree(self.output_folder / _STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         return super().train(*args, **kwargs)
 
@@ -81,7 +86,7 @@ class AtomicCheckpoints(Trainer):
         _flush(written)
         if place.exists():
             shutil.rmtree(place)
-        os.rename(written, place)
+        written.rename(place)
         _flush_folder(run_dir)
         self._staging.rmdir()
         rotate_checkpoints(

@@ -49,11 +49,13 @@ class CacheConditionedConfig(TrainingArguments):
         self.remove_unused_columns = False
         # A loss that is not finite must stop the run, not be replaced by an average.
         self.logging_nan_inf_filter = False
-        if self.gradient_checkpointing:
-            options: dict[str, Any] = dict(self.gradient_checkpointing_kwargs or {})
+        if self.activation_checkpointing:  # the new name of gradient_checkpointing
+            given: Any = self.activation_checkpointing_kwargs
+            options: dict[str, Any] = dict(given or {})
             if options.setdefault("use_reentrant", False):
                 raise ValueError(
                     "gradient_checkpointing_kwargs.use_reentrant must be false: reentrant "
                     "checkpointing drops gradients of inputs passed by keyword"
                 )
+            self.activation_checkpointing_kwargs = options
             self.gradient_checkpointing_kwargs = options

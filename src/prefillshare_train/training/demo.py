@@ -119,7 +119,7 @@ def _share_one_prefill(loaded: LoadedDecoder, other: Path, data: PreparedData) -
     cut = loaded.contract.rule.base_length(len(prompt), example.header_length)
     cache = loaded.prefill.prefill([prompt[:cut]])
     lines = [
-        f"one prefill of {cut} tokens ({cache.nbytes / 2**20:.1f} MiB of K/V), read by two decoders:",
+        f"one prefill: {cut} tokens, {cache.nbytes / 2**20:.1f} MiB of K/V, read by two decoders",
         f"request: {example.row.messages[0]['content']}",
     ]
     for adapter, name in (("default", "tool_calling"), ("math", "math")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -32,5 +31,5 @@ def plot_losses(histories: dict[str, list[dict[str, Any]]], path: Path) -> Path:
     axes.legend()
     beside = path.with_name(f".{path.name}.tmp")
     figure.savefig(beside, format="png", dpi=150)
-    os.replace(beside, path)
+    beside.replace(path)
     return path

@@ -86,7 +86,7 @@ class Recipe:
             RecipeError: a value is not one that the trainer takes.
         """
         # YAML reads a bare `no` as false; every *_strategy takes the word.
-        values = {
+        values: dict[str, Any] = {
             key: "no" if value is False and key.endswith("_strategy") else value
             for key, value in self.training.items()
         }
@@ -119,7 +119,7 @@ def load_recipe(paths: Sequence[Path | str], overrides: Sequence[str] = ()) -> L
     """
     if not paths:
         raise RecipeError("no recipe file was given")
-    merged = OmegaConf.create({})
+    merged: Any = OmegaConf.create({})
     try:
         for path in paths:
             merged = OmegaConf.merge(merged, *_with_includes(Path(path), ()))
@@ -165,7 +165,7 @@ def _with_includes(path: Path, parents: tuple[Path, ...]) -> list[Any]:
     if not path.is_file():
         raise RecipeError(f"{path}: there is no such recipe file")
     try:
-        config = OmegaConf.load(path)
+        config: Any = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     if not OmegaConf.is_dict(config):

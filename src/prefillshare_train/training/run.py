@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +64,7 @@ def prepare_data(loaded: LoadedRecipe) -> tuple[PreTrainedTokenizerBase, Prepare
 def _generation_ends(recipe: Recipe) -> list[int]:
     try:
         ends = GenerationConfig.from_pretrained(
-            recipe.base.model, revision=recipe.base.revision
+            recipe.base.model, revision=recipe.base.revision or "main"
         ).eos_token_id
     except OSError:
         return []
@@ -125,7 +124,7 @@ def run_training(loaded: LoadedRecipe, *, resume: bool = False) -> RunResult:
     """
     recipe = loaded.recipe
     arguments = recipe.training_arguments()
-    output = Path(arguments.output_dir)
+    output = Path(recipe.training["output_dir"])
     held = sorted(output.glob("checkpoint-*")) or sorted(output.glob(DECODER_FOLDER))
     if held and not resume:
         raise RecipeError(
@@ -170,4 +169,4 @@ def publish_decoder(trainer: CacheConditionedTrainer, place: Path, recipe_yaml: 
     (beside / "log_history.json").write_text(history + "\n")
     if place.exists():
         shutil.rmtree(place)
-    os.rename(beside, place)
+    beside.rename(place)

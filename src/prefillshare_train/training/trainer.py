@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -46,6 +47,10 @@ def collate(
     return batch
 
 
+def _method(name: str) -> Method:
+    return "full_prompt" if name == "full_prompt" else "prefillshare"
+
+
 class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
     """Trains a decoder on response tokens only, conditioned on the base's prompt cache.
 
@@ -79,6 +84,7 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
         **kwargs: Any,
     ) -> None:
         use_prefillshare_attention(model)
+        self.decoder = causal_lm_of(model)
         self.rule = BoundaryRule.parse(args.boundary)
         self.contract = contract
         self.prefill = self._prefill_module(model, base, args.method)
@@ -88,7 +94,7 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=partial(collate, rule=self.rule, method=args.method),
+            data_collator=partial(collate, rule=self.rule, method=_method(args.method)),
             processing_class=processing_class,
             callbacks=callbacks,
             **kwargs,
@@ -98,9 +104,9 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
         if self.prefill is not None and base is not None:
             base.to(self.args.device)
         self.meter = ThroughputMeter(
-            causal_lm_of(model),
+            self.decoder,
             full=not isinstance(model, PeftModel),
-            checkpointing=args.gradient_checkpointing,
+            checkpointing=bool(args.activation_checkpointing),
             peak_tflops=args.peak_tflops,
         )
 
@@ -139,7 +145,7 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
     ) -> dict[str, Tensor]:
         """Summed loss of a packed batch (`nll`, and `correct` when asked for)."""
         layout: BatchLayout = inputs["layout"]
-        check_positions(causal_lm_of(self.model).config, layout.max_position)
+        check_positions(self.decoder.config, layout.max_position)
         job = AttentionJob(layout.decode_groups, past=self.prompt_cache(inputs))
         sums: dict[str, Tensor] = model(
             input_ids=inputs["input_ids"],
@@ -186,7 +192,7 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
             raise TrainingDivergedError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}. "
                 + (f"The last good checkpoint is {last}. " if last else "Nothing was saved yet. ")
-                + "Lower learning_rate, or look at the rows of this step with `prefillshare inspect`"
+                + "Lower learning_rate, or look at the rows with `prefillshare inspect`"
             )
         return loss
 
@@ -225,7 +231,8 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
                 totals += torch.stack(
                     [sums["nll"].double(), sums["correct"].double(), totals.new_tensor(count)]
                 )
-                examples += inputs["layout"].conversations
+                layout: Any = inputs["layout"]
+                examples += layout.conversations
                 self.control = self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 )
@@ -237,7 +244,7 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
             f"{metric_key_prefix}_perplexity": float(torch.tensor(loss).exp()),
             f"{metric_key_prefix}_token_accuracy": correct / tokens,
         }
-        return EvalLoopOutput(None, None, metrics, examples)
+        return EvalLoopOutput(np.empty(0), None, metrics, examples)
 
     # -- checkpoints ------------------------------------------------------------------------------
 
@@ -246,4 +253,4 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
     ) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save and self.contract is not None:
-            self.contract.save(Path(output_dir or self.args.output_dir))
+            self.contract.save(Path(output_dir) if output_dir else self.output_folder)
