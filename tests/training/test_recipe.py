@@ -71,8 +71,8 @@ def test_files_that_are_not_recipes(tmp_path: Path, recipe: Path) -> None:
     recipe.write_text(f"include: {recipe.name}\n")
     with pytest.raises(RecipeError, match="circle"):
         load_recipe([recipe])
+    (tmp_path / "ok.yaml").write_text(MINIMAL)
     with pytest.raises(RecipeError, match="not key=value"):
-        (tmp_path / "ok.yaml").write_text(MINIMAL)
         load_recipe([tmp_path / "ok.yaml"], ["resume"])
 
 
