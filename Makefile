@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install model demo test lint bench-train docs build clean
+.PHONY: help install model demo test lint bench-attention docs build clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,8 +48,8 @@ lint: $(INSTALLED) ## Check style, formatting, types and the direction of import
 	done; \
 	if [ -n "$$failed" ]; then echo "make lint: failed:$$failed" >&2; exit 1; fi
 
-bench-train: $(WEIGHTS) ## Measure training speed and memory side by side (QUICK=1: under 3 minutes)
-	$(PYTHON) benchmarks/train_speed.py --model $(MODEL) $(if $(QUICK),--quick)
+bench-attention: $(INSTALLED) ## Measure the CPU attention kernel beside SDPA
+	$(PYTHON) benchmarks/attention.py
 
 docs: $(INSTALLED) ## Write the parts of docs/ that are generated from the code
 	$(PYTHON) docs/generate.py

@@ -1,0 +1,119 @@
+"""The commands, as a person types them, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.data.helpers import tiny_tokenizer, write_jsonl
+from tests.training import tiny
+from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
+
+from prefillshare_train.cli.main import app
+from prefillshare_train.core.contract import ContractError
+from prefillshare_train.core.generate import generate
+from prefillshare_train.core.loading import load_decoder
+from prefillshare_train.core.modules import load_causal_lm
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A base, rows and a recipe."""
+    tokenizer = tiny_tokenizer()
+    config = tiny.config()
+    config.vocab_size = len(tokenizer)
+    config.eos_token_id = tokenizer.eos_token_id
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"prompt": f"Say {n} again.", "completion": f"{n} and {n}."} for n in range(40)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "recipe.yaml").write_text(
+        f"""
+base: {{model: {tmp_path / "base"}, dtype: float32}}
+decoder: {{adapter: lora, lora: {{r: 4, target_modules: all-linear}}}}
+data: {{train: {{source: rows.jsonl}}, eval_fraction: 0.2}}
+training:
+  output_dir: {tmp_path / "run"}
+  max_steps: 4
+  save_steps: 2
+  logging_steps: 1
+  per_device_train_batch_size: 4
+  report_to: none
+  disable_tqdm: true
+"""
+    )
+    return tmp_path
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = runner.invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_train_leaves_a_decoder_that_loads_over_its_base_only(folder: Path, adapter: str) -> None:
+    recipe = folder / "recipe.yaml"
+    code, output = run("train", recipe, f"decoder.adapter={adapter}")
+    assert code == 0, output
+    decoder = folder / "run" / "decoder"
+    loaded = load_decoder(decoder)
+    assert loaded.contract.adapter == adapter
+    cache = loaded.prefill.prefill([[5, 6, 7]])
+    answer = generate(loaded.decoder, cache, [[5, 6, 7, 8]], max_new_tokens=4, stop_ids=())
+    assert len(answer[0]) == 4
+    history = json.loads((decoder / "log_history.json").read_text())
+    assert sum("loss" in entry for entry in history) == 4
+    other = load_causal_lm(str(folder / "base"))
+    with torch.no_grad():
+        next(other.parameters()).add_(1.0)
+    other.save_pretrained(folder / "moved")
+    with pytest.raises(ContractError, match="base fingerprint"):
+        load_decoder(decoder, base=str(folder / "moved"))
+
+    code, output = run("train", recipe)
+    assert code == 2
+    assert "--resume" in output
+    code, output = run("train", recipe, f"decoder.adapter={adapter}", "--resume")
+    assert code == 0, output
+
+
+def test_dry_run_touches_no_weights(folder: Path) -> None:
+    (folder / "base" / "model.safetensors").unlink()
+    code, output = run("train", folder / "recipe.yaml", "--dry-run")
+    assert code == 0, output
+    assert "dry run ok" in output
+    assert "optimizer (AdamW)" in output
+    assert not (folder / "run").exists()
+
+
+def test_inspect_is_plain_text_when_piped(folder: Path) -> None:
+    code, output = run("inspect", folder / "recipe.yaml", "--rows", 2)
+    assert code == 0, output
+    for part in ("[base]", "[decoder]", "[trained]", "prompt tokens:", "FLOPs of plain"):
+        assert part in output
+    assert "\x1b[" not in output
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("boundry=last_token", "Did you mean boundary?"),
+        ("data.train.source=missing.jsonl", "missing.jsonl"),
+        ("data.max_length=3", "overlong"),
+        ("decoder.lora.rank=3", "decoder.lora"),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback(folder: Path, override: str, message: str) -> None:
+    code, output = run("train", folder / "recipe.yaml", override)
+    assert code == 2
+    assert message in output
+    assert "Traceback" not in output
