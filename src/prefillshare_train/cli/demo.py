@@ -14,7 +14,7 @@ def demo(
     recipes: Annotated[Path, typer.Option(help="Folder of the demo's recipes.")] = Path(
         "recipes/demo"
     ),
-    rows: Annotated[int, typer.Option(help="Held-out turns to answer.")] = 48,
+    rows: Annotated[int, typer.Option(help="Held-out turns to answer.")] = 40,
     steps: Annotated[
         int | None, typer.Option(help="Train this many steps instead of the recipe's.")
     ] = None,

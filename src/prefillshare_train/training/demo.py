@@ -21,7 +21,7 @@ from prefillshare_train.training.recipe import load_recipe
 from prefillshare_train.training.run import DECODER_FOLDER, prepare_data, run_training
 
 _TASKS = ("tool_calling", "math")
-_ANSWER_TOKENS = 160
+_ANSWER_TOKENS = 128
 
 
 @dataclass(frozen=True)
