@@ -69,12 +69,14 @@ def test_kill_9_then_the_same_command(
     code, _ = run(folder, losses, *death)
     assert code == -signal.SIGKILL
     for checkpoint in folder.glob("checkpoint-*"):
-        for name in ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json"):
+        for name in ("adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"):
             assert (checkpoint / name).is_file(), f"{checkpoint.name} is half-written"
     assert not (folder / "checkpoint-6").exists() or death[0] != "--kill-in-save"
     code, output = run(folder, losses)
     assert (code, output.split()[-1]) == (0, "finished")
     assert read(losses) == undisturbed
+    pickles = [p for p in folder.rglob("*") if p.suffix in (".pt", ".pth", ".bin", ".pkl")]
+    assert not pickles, "checkpoints are safetensors and JSON"
     assert not list(folder.glob(".unfinished*")), "what a killed run left beside is removed"
 
 

@@ -14,11 +14,12 @@ def user_errors() -> Iterator[None]:
     from prefillshare_train.core.contract import ContractError
     from prefillshare_train.core.families import UnsupportedModelError
     from prefillshare_train.data import DataError
-    from prefillshare_train.training.checkpoints import CheckpointWriteError
+    from prefillshare_train.training.checkpoints import CheckpointReadError, CheckpointWriteError
     from prefillshare_train.training.recipe import RecipeError
     from prefillshare_train.training.trainer import TrainingDivergedError
 
     known = (
+        CheckpointReadError,
         CheckpointWriteError,
         ContractError,
         DataError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,11 +14,23 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+from prefillshare_train.training.state_files import (
+    SCHEDULER,
+    load_generators,
+    load_optimizer,
+    save_generators,
+    save_optimizer,
+)
+
 _STAGING = ".unfinished-checkpoints"
 
 
 class CheckpointWriteError(OSError):
     """A checkpoint could not be written; the earlier ones are untouched."""
+
+
+class CheckpointReadError(ValueError):
+    """A checkpoint cannot be resumed from; the message says what it lacks."""
 
 
 class AtomicCheckpoints(Trainer):
@@ -74,6 +87,49 @@ class AtomicCheckpoints(Trainer):
             ) from error
         finally:
             self._staging = None
+
+    # -- states: safetensors and JSON in place of the Trainer's pickles ---------------------------
+
+    @property
+    def _sharded(self) -> bool:
+        """DeepSpeed and FSDP write optimizer shards in formats of their own."""
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            assert self.optimizer is not None
+            assert self.lr_scheduler is not None
+            save_optimizer(self.optimizer.state_dict(), Path(output_dir))
+            text = json.dumps(self.lr_scheduler.state_dict())
+            (Path(output_dir) / SCHEDULER).write_text(text)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self._sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        if not (folder / SCHEDULER).is_file():
+            raise CheckpointReadError(
+                f"{folder} has no {SCHEDULER}: it holds a model only, or another program wrote it. "
+                "Start a new run from its weights, or resume from a checkpoint of this trainer"
+            )
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        self.optimizer.load_state_dict(load_optimizer(folder))
+        self.lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER).read_text()))
+
+    def _generators_file(self, folder: str) -> Path:
+        return Path(folder) / f"generators-{self.args.process_index}.safetensors"
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_generators(self._generators_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._generators_file(checkpoint).is_file():
+            load_generators(self._generators_file(checkpoint))
 
     def _publish(self, run_dir: Path, name: str) -> None:
         assert self._staging is not None

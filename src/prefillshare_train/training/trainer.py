@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from prefillshare_train.core.attention import JOB_KEYWORD, AttentionJob
@@ -216,8 +217,10 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Loss, token accuracy and perplexity over target tokens, whatever the batch split."""
-        model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
-        model = self.model_wrapped if self.is_in_train else model
+        if self.is_in_train:
+            model = self.model_wrapped
+        else:
+            model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         was_training = model.training
         model.eval()
         totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
@@ -252,5 +255,10 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save and self.contract is not None:
-            self.contract.save(Path(output_dir) if output_dir else self.output_folder)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir) if output_dir else self.output_folder
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle
+        (folder / "training_args.json").write_text(self.args.to_json_string())
+        if self.contract is not None:
+            self.contract.save(folder)
