@@ -86,6 +86,23 @@ def test_train_leaves_a_decoder_that_loads_over_its_base_only(folder: Path, adap
     assert code == 0, output
 
 
+@pytest.mark.parametrize("method", ["prefillshare", "full_prompt"])
+def test_exact_match_is_measured_while_training(folder: Path, method: str) -> None:
+    code, output = run(
+        "train",
+        folder / "recipe.yaml",
+        f"method={method}",
+        "training.generate_every=2",
+        "training.generate_rows=3",
+        "training.generate_max_new_tokens=5",
+    )
+    assert code == 0, output
+    history = json.loads((folder / "run" / "decoder" / "log_history.json").read_text())
+    measured = {e["step"]: e["eval_exact_match"] for e in history if "eval_exact_match" in e}
+    assert measured.keys() == {2, 4}
+    assert all(0 <= value <= 1 for value in measured.values())
+
+
 def test_dry_run_touches_no_weights(folder: Path) -> None:
     (folder / "base" / "model.safetensors").unlink()
     code, output = run("train", folder / "recipe.yaml", "--dry-run")
