@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prefillshare_train.core.layout import SegmentGroup
 
-_QUERY_BLOCK = 64  # queries a block on CPU; fastest of {32 .. 512} in benchmarks/attention.py
+_QUERY_BLOCK = 64  # queries a block on CPU; the best over both dtypes in benchmarks/attention.py
 
 
 def attend_segments(
