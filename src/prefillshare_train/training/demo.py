@@ -14,7 +14,7 @@ from rich.table import Table
 from prefillshare_train.core.generate import generate
 from prefillshare_train.core.loading import LoadedDecoder, load_decoder
 from prefillshare_train.data import PreparedData
-from prefillshare_train.training.exact_match import adapters_off, answer_examples
+from prefillshare_train.training.exact_match import answer_examples
 from prefillshare_train.training.held_out import held_out_loss
 from prefillshare_train.training.plots import plot_losses
 from prefillshare_train.training.recipe import load_recipe
@@ -90,7 +90,7 @@ def _compare(loaded: LoadedDecoder, data: PreparedData, rows: int) -> list[dict[
             "n": len(answers),
         }
 
-    with adapters_off(loaded.decoder):
+    with loaded.prefill.base_weights():
         base = measure("base")
     return [base, measure("decoder on the base's cache")]
 

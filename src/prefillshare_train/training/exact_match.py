@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -81,21 +79,6 @@ def shared_cache(
         return empty_cache((0,) * len(examples), causal_lm_of(decoder))
     cut = [rule.base_length(len(e.prompt_ids), e.header_length) for e in examples]
     return prefill.prefill([e.prompt_ids[:n] for e, n in zip(examples, cut, strict=True)])
-
-
-@contextlib.contextmanager
-def adapters_off(model: nn.Module) -> Any:
-    """The base's own weights, of a PEFT model or of any other."""
-    if not isinstance(model, PeftModel):
-        yield
-        return
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 class ExactMatchCallback(TrainerCallback):
