@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -23,11 +24,23 @@ SECTIONS = (
     ("data.train and data.eval", "data/config.py", "SourceConfig", "data.train."),
     ("training: what the method adds", "training/config.py", "CacheConditionedConfig", "training."),
 )
+# A recipe sets these at its top and refuses them under `training`.
+TOP_LEVEL = frozenset({"training.method", "training.boundary"})
 
 
-def documented_fields(path: Path, name: str) -> list[tuple[str, str, str, str]]:
-    """(name, type, default, text) of each field of a dataclass, from its source."""
+def documented_fields(path: Path, name: str) -> list[tuple[str, str, str | None, str]]:
+    """(name, type, default, text) of each field of a dataclass, from its source.
+
+    A default is None where the field is required, and empty where its own section gives it.
+    """
     module = ast.parse(path.read_text())
+    aliases = {
+        node.targets[0].id: node.value
+        for node in module.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Subscript)
+    }
     body = next(n for n in module.body if isinstance(n, ast.ClassDef) and n.name == name).body
     fields = []
     for node, following in zip(body, [*body[1:], None], strict=True):
@@ -36,28 +49,64 @@ def documented_fields(path: Path, name: str) -> list[tuple[str, str, str, str]]:
         is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
         if not is_text:
             raise SystemExit(f"{path}: {name}.{node.target.id} has no string below it")
-        default = "required" if node.value is None else ast.unparse(node.value)
+        kind = node.annotation
+        if isinstance(kind, ast.Name):
+            kind = aliases.get(kind.id, kind)  # `Dtype` tells a reader less than its values
         text = " ".join(str(following.value.value).split())
-        fields.append((node.target.id, ast.unparse(node.annotation), default, text))
+        fields.append((node.target.id, ast.unparse(kind), _default(node.value), text))
     return fields
+
+
+def _default(value: ast.expr | None) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, ast.Call):
+        return ast.unparse(value)
+    factory = next(k.value for k in value.keywords if k.arg == "default_factory")
+    if isinstance(factory, ast.Lambda):
+        return ast.unparse(factory.body)
+    return "{}" if ast.unparse(factory) == "dict" else ""
+
+
+def _line(name: str, kind: str, default: str | None, text: str) -> str:
+    if default is None:
+        return f"- **`{name}`** (`{kind}`, required): {text}"
+    return f"- **`{name}`** (`{kind}`{f', default `{default}`' if default else ''}): {text}"
+
+
+def _inherited() -> list[str]:
+    """Rows of a table: the arguments of transformers and their defaults."""
+    rows = ["| key | default |", "|---|---|"]
+    for field in sorted(dataclasses.fields(TrainingArguments), key=lambda f: f.name):
+        if field.init:
+            default: Any = field.default
+            if default is dataclasses.MISSING:
+                default = field.default_factory()  # type: ignore[misc]
+            rows.append(f"| `training.{field.name}` | `{default!r}` |")
+    return rows
 
 
 def page() -> str:
     """The whole document."""
     parts = [(DOCS / "training.in.md").read_text().rstrip()]
     for title, file, name, prefix in SECTIONS:
-        parts.append(f"## {title}")
-        parts.extend(
-            f"- **`{prefix}{field}`** (`{kind}`, default `{default}`): {text}"
-            if default != "required"
-            else f"- **`{prefix}{field}`** (`{kind}`, required): {text}"
+        lines = [
+            _line(prefix + field, kind, default, text)
             for field, kind, default, text in documented_fields(SOURCE / file, name)
-        )
+            if prefix + field not in TOP_LEVEL
+        ]
+        parts += [f"## {title}", "\n".join(lines)]
     inherited = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
     own = {f.name for f in dataclasses.fields(CacheConditionedConfig) if f.init} - inherited
     assert own, "the configuration adds nothing of its own"
     parts.append("## training: inherited from `transformers.TrainingArguments`")
-    parts.append(", ".join(f"`{name}`" for name in sorted(inherited)) + ".")
+    parts.append(
+        "With the defaults of transformers, whose documentation says what each does. Of these, "
+        "`training.output_dir` is required in a recipe, `training.label_smoothing_factor` must "
+        "stay 0, `training.remove_unused_columns` and `training.logging_nan_inf_filter` are always "
+        "false, and `training.resume_from_checkpoint` is not read: use `--resume`."
+    )
+    parts.append("\n".join(_inherited()))
     return "\n\n".join(parts) + "\n"
 
 
@@ -71,7 +120,9 @@ def main() -> int:
             print(f"{PAGE} is out of date: run `make docs`")
             return 1
         return 0
-    PAGE.write_text(text)
+    beside = PAGE.with_suffix(".tmp")
+    beside.write_text(text)
+    beside.replace(PAGE)
     return 0
 
 

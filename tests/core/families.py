@@ -73,6 +73,12 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         )
     ),
     "llama_tied": lambda: LlamaConfig(**_sizes(tie_word_embeddings=True, num_key_value_heads=1)),
+    "llama_dynamic_rope": lambda: LlamaConfig(
+        **_sizes(
+            rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+            max_position_embeddings=80,
+        )
+    ),
     "qwen2": lambda: Qwen2Config(
         **_sizes(
             num_hidden_layers=4, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2
@@ -91,6 +97,22 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "phi3": lambda: Phi3Config(
         **_sizes(sliding_window=WINDOW, head_dim=8, hidden_size=32, resid_pdrop=0.0)
+    ),
+    "phi3_longrope": lambda: Phi3Config(
+        **_sizes(
+            head_dim=8,
+            hidden_size=32,
+            partial_rotary_factor=0.5,
+            original_max_position_embeddings=80,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.0, 1.5],
+                "long_factor": [2.0, 8.0],
+                "original_max_position_embeddings": 80,
+            },
+        )
     ),
     "smollm3": lambda: SmolLM3Config(
         **_sizes(

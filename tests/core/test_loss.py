@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.core import families
+from tests.core.conversations import packed_order, packed_step, reference_step, single_turns
 from torch import nn
 
-from prefillshare_train.core.loss import LogitTransform, linear_cross_entropy
+from prefillshare_train.core.boundary import BoundaryRule
+from prefillshare_train.core.loss import LogitTransform, LossSums, linear_cross_entropy
+from prefillshare_train.core.modules import PrefillModule
 
 VOCAB, WIDTH, TOKENS = 50, 12, 23
 
@@ -74,3 +82,96 @@ def test_bfloat16_is_summed_in_float32() -> None:
     sums.nll.backward()
     assert head.weight.grad is not None
     assert head.weight.grad.dtype == torch.bfloat16
+
+
+def test_no_gradient_is_computed_under_no_grad(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head, labels = case()
+    expected = linear_cross_entropy(hidden, head, labels).nll
+
+    def refused(*_: Any) -> None:
+        raise AssertionError("a gradient was computed that nobody asked for")
+
+    monkeypatch.setattr(torch, "mm", refused)
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, head, labels).nll == expected
+
+
+def test_hidden_states_without_gradient_leave_the_heads() -> None:
+    hidden, head, labels = case()
+    linear_cross_entropy(hidden.detach(), head, labels, chunk_tokens=5).nll.backward()
+    found = head.weight.grad
+    head.weight.grad = None
+    F.cross_entropy(head(hidden), labels, reduction="sum").backward()
+    torch.testing.assert_close(found, head.weight.grad, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["lora", "modules_to_save"],
+)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_an_adapter_on_the_head(family: str, options: dict[str, Any]) -> None:
+    rule, rows = BoundaryRule.parse("last_token"), single_turns()
+    base = families.build(family)
+    reference_base = families.reference_copy(base)
+    reference = families.with_lora(families.reference_copy(base), **options)
+    decoder = families.with_lora(base, **options)
+    nll, _, gradients, _ = packed_step(PrefillModule(decoder), decoder, rows, rule)
+    expected = reference_step(reference_base, reference, packed_order(rows), rule)
+    torch.testing.assert_close(nll, expected[0], rtol=1e-11, atol=0)
+    assert gradients.keys() == expected[2].keys()
+    assert any("lm_head" in name for name in gradients)
+    for name, gradient in expected[2].items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-10)
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on CUDA."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def liger_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A stand-in for liger_kernel that notes what it is asked."""
+    calls: list[dict[str, Any]] = []
+
+    class Loss:
+        def __init__(self, **options: Any) -> None:
+            calls.append(options)
+
+        def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
+            calls[-1]["arguments"] = arguments
+            return torch.tensor(7.0)
+
+    package = ModuleType("liger_kernel.transformers")
+    package.LigerFusedLinearCrossEntropyLoss = Loss  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    return calls
+
+
+def test_liger_is_asked_on_cuda_only(liger_calls: list[dict[str, Any]]) -> None:
+    hidden, head, labels = case()
+    transform = LogitTransform(softcap=5.0)
+    linear_cross_entropy(hidden, head, labels, transform)
+    assert not liger_calls
+    sums = linear_cross_entropy(hidden.as_subclass(OnCuda), head, labels, transform)
+    assert sums == LossSums(torch.tensor(7.0))
+    (call,) = liger_calls
+    assert (call["reduction"], call["softcap"]) == ("sum", 5.0)
+    assert [a.shape for a in call["arguments"]] == [head.weight.shape, hidden.shape, labels.shape]
+
+
+def test_liger_is_left_out_where_it_cannot_do_it(liger_calls: list[dict[str, Any]]) -> None:
+    hidden, head, labels = case()
+    on_cuda = hidden.as_subclass(OnCuda)
+    expected = linear_cross_entropy(hidden, head, labels).nll.item()
+    counted = linear_cross_entropy(on_cuda, head, labels, count_correct=True)
+    assert counted.nll.item() == pytest.approx(expected, rel=1e-12)
+    linear_cross_entropy(on_cuda, head, labels, LogitTransform(scale=0.5))
+    assert not liger_calls

@@ -57,7 +57,9 @@ class BoundaryRule:
             return f"block_aligned:{self.block_size}"
         if self.kind == "ratio":
             assert self.ratio is not None
-            return f"ratio:{float(self.ratio):g}"
+            decimal = f"{float(self.ratio):g}"
+            # A ratio that six digits do not hold is written as the fraction that it is.
+            return f"ratio:{decimal if Fraction(decimal) == self.ratio else self.ratio}"
         return self.kind
 
     def base_length(self, prompt_length: int, header_length: int = 0) -> int:

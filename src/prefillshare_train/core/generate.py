@@ -146,14 +146,15 @@ def generate(
                 "the decoder must run the last one at least (see core.boundary)"
             )
     causal_lm = causal_lm_of(decoder)
-    was_training = decoder.training
+    training = [module for module in decoder.modules() if module.training]
     decoder.eval()
     try:
         return _Loop(
             causal_lm, cache, prompts, max_new_tokens, stop_ids, processors, sampler, on_token
         ).run()
     finally:
-        decoder.train(was_training)
+        for module in training:
+            module.training = True
 
 
 class _Loop:
@@ -183,7 +184,7 @@ class _Loop:
 
     def run(self) -> list[list[int]]:
         longest = max(len(ids) for ids in self.prompts)
-        check_positions(self.model.config, longest + self.max_new_tokens - 1)
+        check_positions(self.model.config, longest + self.max_new_tokens - 2)
         hidden, state = self._run_boundary()
         active = list(range(len(self.prompts)))
         while True:
@@ -241,7 +242,11 @@ class _Loop:
         return drawn
 
     def _history(self, active: list[int], device: torch.device) -> Tensor:
-        """(B, longest) ids seen by each row, left-padded with 0."""
+        """(B, width) ids seen by each row, left-padded with 0.
+
+        As wide as the longest prompt asks, even once its row has ended: processors that count from
+        the prompt's end (`MinNewTokensLength`) take the width for a length.
+        """
         rows = [self.prompts[row] + self.responses[row] for row in active]
-        longest = max(map(len, rows))
-        return torch.tensor([[0] * (longest - len(r)) + r for r in rows], device=device)
+        width = max(map(len, self.prompts)) + len(self.responses[active[0]])
+        return torch.tensor([[0] * (width - len(r)) + r for r in rows], device=device)

@@ -91,8 +91,11 @@ def linear_cross_entropy(
         if fused is not None:
             return LossSums(fused)
     if plain:
+        weight: Any = head.weight
+        if not torch.is_grad_enabled():  # the function would compute gradients for nobody
+            hidden, weight = hidden.detach(), weight.detach()
         nll, correct = _FusedLinearCrossEntropy.apply(
-            hidden, head.weight, labels, transform, count_correct, chunk_tokens
+            hidden, weight, labels, transform, count_correct, chunk_tokens
         )
         return LossSums(nll, correct if count_correct else None)
 

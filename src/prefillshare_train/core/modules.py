@@ -266,7 +266,9 @@ def attach_loss_head(model: nn.Module) -> None:
     causal_lm = causal_lm_of(model)
     if getattr(causal_lm, _LOSS_HEAD, False):
         return
-    plain_forward = causal_lm.forward
+    bound = causal_lm.forward
+    # Unbound where it can be, so that a deep copy of the model runs its own weights.
+    plain_forward = getattr(bound, "__func__", lambda _, *args, **kwargs: bound(*args, **kwargs))
     transform = LogitTransform.of(causal_lm.config)
 
     def forward(
@@ -278,7 +280,7 @@ def attach_loss_head(model: nn.Module) -> None:
         **kwargs: Any,
     ) -> Any:
         if target_index is None:
-            return plain_forward(input_ids, *args, **kwargs)
+            return plain_forward(self, input_ids, *args, **kwargs)
         assert input_ids is not None
         job = kwargs[JOB_KEYWORD]
         hidden = run_backbone(self, input_ids, kwargs["position_ids"], job)
