@@ -1,6 +1,7 @@
-"""Write the sample set: `python data/generate.py [--out DIR] [--check]`.
+"""Write the sample set: `python data/generate.py [--out DIR] [--seed N] [--check]`.
 
-Every byte follows from the code, so `--check` can compare what is committed with a fresh run.
+Every byte follows from the code and the seed, so `--check` can compare what is committed with a
+fresh run.
 """
 
 from __future__ import annotations
@@ -21,25 +22,35 @@ COUNTS = {"tool_calling": (2400, 300), "math": (1500, 200), "code": (800, 150)}
 _SHARD_BYTES = 900_000
 
 
-def make() -> dict[str, str]:
-    """Every file of the sample set: relative path and text."""
+def make(seed: int) -> dict[str, str]:
+    """Every file of the sample set: relative path and text.
+
+    A seed draws other rows from the same tools and patterns, with the same tools held out.
+    """
     tools = all_tools()
     train_tools = [tool for tool in tools if not tool.heldout]
     held_tools = [tool for tool in tools if tool.heldout]
     rows: dict[str, list[dict[str, Any]]] = {}
     for number, (split, pool) in enumerate((("train", train_tools), ("heldout", held_tools))):
-        rows[f"tool_calling/{split}"] = tool_rows(pool, COUNTS["tool_calling"][number], split)
+        rows[f"tool_calling/{split}"] = tool_rows(pool, COUNTS["tool_calling"][number], split, seed)
     for task, build in (("math", math_rows), ("code", code_rows)):
         train_count, held_count = COUNTS[task]
         # One stream, cut in two: no question appears twice.
-        both = build(train_count + held_count, "all")
+        both = build(train_count + held_count, "all", seed)
         rows[f"{task}/train"], rows[f"{task}/heldout"] = both[:train_count], both[train_count:]
     files: dict[str, str] = {}
     for name, part in rows.items():
         files.update(_shards(name, part))
     counts = {name: len(part) for name, part in rows.items()}
-    files["README.md"] = card(counts, len(train_tools), len(held_tools))
+    files["README.md"] = card(
+        counts, _offered(rows["tool_calling/train"]), _offered(rows["tool_calling/heldout"]), seed
+    )
     return files
+
+
+def _offered(rows: list[dict[str, Any]]) -> int:
+    """How many different tools the rows offer."""
+    return len({tool["function"]["name"] for row in rows for tool in row["tools"]})
 
 
 def _shards(name: str, rows: list[dict[str, Any]]) -> dict[str, str]:
@@ -62,9 +73,10 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "samples")
+    parser.add_argument("--seed", type=int, default=0, help="of the rows; 0 made what is here")
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     arguments = parser.parse_args()
-    files = make()
+    files = make(arguments.seed)
     if arguments.check:
         found = {
             p.relative_to(arguments.out).as_posix(): p.read_bytes()

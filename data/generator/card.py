@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 
-def card(counts: dict[str, int], train_tools: int, held_tools: int) -> str:
+def card(counts: dict[str, int], train_tools: int, held_tools: int, seed: int) -> str:
     """README.md of the sample set.
 
     Args:
         counts: rows of each `task/split`.
-        train_tools, held_tools: different tools that each side of the split draws on.
+        train_tools, held_tools: different tools that the rows of each side offer.
+        seed: what the rows were drawn with.
     """
     table = "\n".join(
         f"| {task} | {counts[f'{task}/train']} | {counts[f'{task}/heldout']} |"
@@ -24,8 +25,9 @@ pretty_name: prefillshare-train sample set
 
 # Sample set
 
-Self-made conversations for the demo and the tests, written by `python data/generate.py`; a run
-gives the same bytes every time, and `--check` compares.
+Self-made conversations for the demo and the tests, written by
+`python data/generate.py --seed {seed}`; a seed gives the same bytes every time, and `--check`
+compares.
 
 | task | train | heldout |
 |---|---|---|
@@ -38,7 +40,12 @@ gives the same bytes every time, and `--check` compares.
   some none of the tools, some a second turn. Every argument is said in the request.
 - `math`: word problems with worked steps and a last line `#### N`; `answer` was computed apart
   from the steps.
-- `code`: one-expression Python functions; `examples` holds inputs and outputs of a real run.
+- `code`: one-expression Python functions; `examples` holds inputs and outputs of a real run, as
+  JSON text.
+
+The split: held-out tools are whole tools, the last thing of every field and some whole fields. The
+held-out questions of `math` and `code` are other questions from the same patterns as in training,
+which is easier than unseen kinds of question.
 
 Limits: sentences are composed, so they are regular and their English is plain. The set shows that
 training works and lets tests run offline. It says nothing about quality on real requests, and no

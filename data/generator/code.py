@@ -5,70 +5,81 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .draw import Draw
+from .draw import Draw, first_draw
 
-# What is done to one item: (name, words, expression in x, on what)
+# What is done to one number x: (name, words, expression)
 _ITEMS = (
-    ("squares", "the square of each number", "x * x"),
-    ("doubles", "twice each number", "2 * x"),
-    ("halves", "each number divided by two, rounded down", "x // 2"),
-    ("negatives", "each number with its sign changed", "-x"),
-    ("magnitudes", "the absolute value of each number", "abs(x)"),
-    ("last_digits", "the last digit of each number", "abs(x) % 10"),
-    ("shifted", "each number plus {k}", "x + {k}"),
-    ("scaled", "each number times {k}", "x * {k}"),
-    ("remainders", "the remainder of each number divided by {k}", "x % {k}"),
-    ("capped", "each number, but no more than {k}", "min(x, {k})"),
+    ("squares", "the square of x", "x * x"),
+    ("doubles", "twice x", "2 * x"),
+    ("halves", "half of x (rounded down)", "x // 2"),
+    ("negatives", "x with its sign changed", "-x"),
+    ("magnitudes", "the absolute value of x", "abs(x)"),
+    ("last_digits", "the last digit of x", "abs(x) % 10"),
+    ("shifted", "x plus {k}", "x + {k}"),
+    ("scaled", "x times {k}", "x * {k}"),
+    ("remainders", "x modulo {k}", "x % {k}"),
+    ("capped", "the smaller of x and {k}", "min(x, {k})"),
 )
 _TESTS = (
-    ("positive", "are positive", "x > 0"),
-    ("even", "are even", "x % 2 == 0"),
-    ("odd", "are odd", "x % 2 == 1"),
-    ("above", "are greater than {k}", "x > {k}"),
-    ("below", "are less than {k}", "x < {k}"),
-    ("divisible", "are divisible by {k}", "x % {k} == 0"),
+    ("positive", " that is positive", "x > 0"),
+    ("even", " that is even", "x % 2 == 0"),
+    ("odd", " that is odd", "x % 2 == 1"),
+    ("above", " that is greater than {k}", "x > {k}"),
+    ("below", " that is less than {k}", "x < {k}"),
+    ("divisible", " that is divisible by {k}", "x % {k} == 0"),
     ("any", "", ""),
 )
 _ENDS = (
-    ("list", "a list of {what}", "[{item} for x in numbers{test}]"),
-    ("sum", "the sum of {what}", "sum({item} for x in numbers{test})"),
+    ("list", "these values as a list", "[{item} for x in numbers{test}]"),
+    ("sum", "the sum of these values", "sum({item} for x in numbers{test})"),
     (
         "largest",
-        "the largest of {what}, or 0 if there is none",
+        "the largest of these values, or 0 if there are none",
         "max(({item} for x in numbers{test}), default=0)",
     ),
     (
         "smallest",
-        "the smallest of {what}, or 0 if there is none",
+        "the smallest of these values, or 0 if there are none",
         "min(({item} for x in numbers{test}), default=0)",
     ),
     (
         "distinct",
-        "how many different values there are among {what}",
+        "how many different values that gives",
         "len({{{item} for x in numbers{test}}})",
     ),
-    ("sorted", "{what} in ascending order, as a list", "sorted({item} for x in numbers{test})"),
+    (
+        "sorted",
+        "these values as a list in ascending order",
+        "sorted({item} for x in numbers{test})",
+    ),
 )
+# The choice of numbers, the operation and the result stand in clauses of their own: run together
+# ("those greater than 5 plus 3"), the words would fit two functions.
 _REQUESTS = (
-    "Write a Python function `{name}(numbers)` that returns {what}.",
-    "I need a function `{name}(numbers)` in Python. It should return {what}.",
-    "Please write `{name}(numbers)`: given a list of integers it returns {what}.",
+    "Write a Python function `{name}(numbers)`. For each integer x in the list{test}, compute "
+    "{item}; return {end}.",
+    "I need a function `{name}(numbers)` in Python. It takes every integer x in the list{test}, "
+    "replaces it with {item} and returns {end}.",
+    "Please write `{name}(numbers)`: given a list of integers, compute {item} for each number x "
+    "in it{test}, and return {end}.",
+    "In Python, define `{name}(numbers)` for a list of integers. Keep every x{test}, turn it into "
+    "{item}, and give back {end}.",
 )
 
 
-def code_rows(count: int, split: str) -> list[dict[str, Any]]:
+def code_rows(count: int, split: str, seed: int) -> list[dict[str, Any]]:
     """`count` different requests, each with a function and examples that it was run on."""
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
-    attempt = 0
+    attempt = first_draw(seed)
     while len(rows) < count:
         draw = Draw("code", split, attempt)
         attempt += 1
-        name, what, body = _compose(draw)
-        request = draw.choice(_REQUESTS).format(name=name, what=what)
-        if what in seen:
+        name, words, body = _compose(draw)
+        if body in seen:
             continue
-        seen.add(what)
+        seen.add(body)
+        request = draw.choice(_REQUESTS).format(name=name, **words)
         source = f"def {name}(numbers):\n    return {body}"
         rows.append(
             {
@@ -84,16 +95,19 @@ def code_rows(count: int, split: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _compose(draw: Draw) -> tuple[str, str, str]:
+def _compose(draw: Draw) -> tuple[str, dict[str, str], str]:
+    """Name of the function, the words of its request, and the expression it returns."""
     item, test, end = draw.choice(_ITEMS), draw.choice(_TESTS), draw.choice(_ENDS)
     factor, limit = draw.integer(2, 12), draw.integer(2, 12)
-    words = item[1].format(k=factor)
-    if test[1]:
-        words = words.replace("each number", "each of the numbers that " + test[1].format(k=limit))
+    words = {
+        "item": item[1].format(k=factor),
+        "test": test[1].format(k=limit),
+        "end": end[1],
+    }
     condition = f" if {test[2].format(k=limit)}" if test[2] else ""
     body = end[2].format(item=item[2].format(k=factor), test=condition)
     parts = [end[0], item[0]] + ([test[0]] if test[1] else [])
-    return "_".join(parts), end[1].format(what=words), body
+    return "_".join(parts), words, body
 
 
 def _run(source: str, name: str, draw: Draw) -> list[list[Any]]:

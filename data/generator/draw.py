@@ -7,6 +7,12 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+_SEED_STRIDE = 1_000_000
+
+
+def first_draw(seed: int) -> int:
+    """Number of the first row that a seed draws; no seed makes as many as lie between two."""
+    return seed * _SEED_STRIDE
 
 
 class Draw:

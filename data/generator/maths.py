@@ -7,18 +7,18 @@ from fractions import Fraction
 from typing import Any
 
 from . import values as v
-from .draw import Draw
+from .draw import Draw, first_draw
 
 Problem = tuple[str, list[str], int, Fraction]
 _GOODS = ("apples", "pencils", "stamps", "buttons", "cards", "tickets", "candles", "marbles")
 _UNITS = ("boxes", "bags", "crates", "packets", "baskets", "trays")
 
 
-def math_rows(count: int, split: str) -> list[dict[str, Any]]:
+def math_rows(count: int, split: str, seed: int) -> list[dict[str, Any]]:
     """`count` different problems. `answer` is computed apart from the steps."""
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
-    attempt = 0
+    attempt = first_draw(seed)
     while len(rows) < count:
         draw = Draw("maths", split, attempt)
         attempt += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .draw import Draw
+from .draw import Draw, first_draw
 from .tools import Request, ToolSpec, ask
 
 NO_TOOL = "None of the available tools can do that."
@@ -33,11 +33,11 @@ _DONE = (
 )
 
 
-def tool_rows(tools: list[ToolSpec], count: int, split: str) -> list[dict[str, Any]]:
+def tool_rows(tools: list[ToolSpec], count: int, split: str, seed: int) -> list[dict[str, Any]]:
     """`count` rows with different requests, all of whose tools come from `tools`."""
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
-    attempt = 0
+    attempt = first_draw(seed)
     while len(rows) < count:
         draw = Draw("tool row", split, attempt)
         attempt += 1
