@@ -120,6 +120,16 @@ def test_inspect_is_plain_text_when_piped(folder: Path) -> None:
     assert "\x1b[" not in output
 
 
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_inspect_counts_checkpointing_under_both_of_its_names(folder: Path, name: str) -> None:
+    def ratio(*overrides: str) -> float:
+        code, output = run("inspect", folder / "recipe.yaml", *overrides)
+        assert code == 0, output
+        return float(output.split("on this data: ")[1].split()[0])
+
+    assert ratio(f"training.{name}=true") > ratio()
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

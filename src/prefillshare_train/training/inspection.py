@@ -87,7 +87,8 @@ def flop_ratio(recipe: Recipe, conversations: Sequence[Conversation]) -> float:
     with torch.device("meta"):
         stack, head = matmul_parameters(AutoModelForCausalLM.from_config(config))
     rule = BoundaryRule.parse(recipe.boundary)
-    checkpointing = bool(recipe.training.get("gradient_checkpointing", False))
+    names = ("activation_checkpointing", "gradient_checkpointing")  # the new name and the old
+    checkpointing = any(recipe.training.get(name) for name in names)
     plain, shared = (
         step_flops(
             pack(conversations, rule, method)["layout"],

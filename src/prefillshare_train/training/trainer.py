@@ -188,7 +188,9 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
     ) -> Tensor:
         with self.meter.step(inputs["layout"]):
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
+            # Waits for the device, so that the clock covers the work and not its queueing.
+            finite = bool(torch.isfinite(loss))
+        if not finite:
             last = self.last_checkpoint()
             raise TrainingDivergedError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}. "
