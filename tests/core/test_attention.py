@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.core import families
+from tests.core.conversations import packed_step, single_turns
 from torch import nn
 
 from prefillshare_train.core.attention import (
@@ -13,8 +14,9 @@ from prefillshare_train.core.attention import (
     LastLayerReached,
     prefillshare_attention,
 )
+from prefillshare_train.core.boundary import BoundaryRule
 from prefillshare_train.core.layout import Segment, group_segments
-from prefillshare_train.core.modules import attach_loss_head
+from prefillshare_train.core.modules import PrefillModule, attach_loss_head
 from prefillshare_train.core.prompt_cache import PromptCache
 
 LENGTH, PADDING = 3 * families.WINDOW, 11
@@ -86,3 +88,30 @@ def test_a_job_reaches_every_layer_and_stops_where_it_is_told() -> None:
     assert len(whole.keys) == 3
     assert len(cut.keys) == 2
     assert torch.equal(whole.keys[1], cut.keys[1])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_attention_dropout_acts_in_training_only_and_replays_under_checkpointing(
+    family: str,
+) -> None:
+    base = families.build(family)
+    decoder = families.perturbed(base)
+    for module in decoder.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.4
+    prefill, rule = PrefillModule(base), BoundaryRule.parse("last_token")
+
+    def step() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
+        nll, _, gradients, _ = packed_step(prefill, decoder, single_turns(), rule)
+        return nll, gradients
+
+    still, _ = step()
+    decoder.train()
+    dropped, gradients = step()
+    assert not torch.equal(still, dropped)
+    decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    replayed, replayed_gradients = step()
+    assert torch.equal(replayed, dropped)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(replayed_gradients[name], gradient, rtol=1e-12, atol=1e-13)

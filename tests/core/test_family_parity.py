@@ -26,6 +26,7 @@ from tests.core.conversations import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prefillshare_train.core import kernels
 from prefillshare_train.core.boundary import BoundaryRule
 from prefillshare_train.core.families import PROVEN
 from prefillshare_train.core.modules import PrefillModule
@@ -109,6 +110,16 @@ def test_a_packed_step_equals_one_turn_at_a_time(family: str, kind: str, rule: s
     gradients = assert_equal_steps(full_pair(family), BATCHES[kind], rule)
     silent = [name for name, g in gradients.items() if not g.abs().max() > 1e-6]
     assert not silent, "a gradient that is zero proves nothing"
+
+
+@pytest.mark.parametrize("rule", ["last_token", "ratio:0"])
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_the_route_that_accelerators_take(
+    family: str, kind: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_attend_blocks", kernels._attend_sdpa)
+    assert_equal_steps(full_pair(family), BATCHES[kind], rule)
 
 
 @pytest.mark.parametrize("kind", BATCHES)

@@ -187,6 +187,24 @@ def test_a_cache_of_the_whole_prompt_is_refused() -> None:
         generate(base, cache, prompts()[:2], max_new_tokens=1, stop_ids=())
 
 
+@pytest.mark.parametrize("family", ["mistral", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("base_dtype", "decoder_dtype"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
+    ids=["narrow base", "wide base"],
+)
+def test_the_decoder_reads_the_cache_in_its_own_dtype(
+    family: str, base_dtype: torch.dtype, decoder_dtype: torch.dtype
+) -> None:
+    base, decoder = families.build(family, base_dtype), families.build(family, decoder_dtype)
+    rows = prompts()
+    cache = PrefillModule(base).prefill(cut(rows, "ratio:0.5"))
+    assert cache.dtype == base_dtype
+    answers = generate(decoder, cache, rows, max_new_tokens=6, stop_ids=())
+    cast = cache.to(decoder_dtype)
+    assert answers == generate(decoder, cast, rows, max_new_tokens=6, stop_ids=())
+
+
 class Watching(LogitsProcessor):
     """Forbids one token and keeps what it was shown."""
 

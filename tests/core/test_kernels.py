@@ -65,9 +65,17 @@ def test_both_routes_equal_attention_written_out(
         torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-11)
 
 
-def test_segments_read_their_own_past_wherever_it_lies() -> None:
+@pytest.mark.parametrize(
+    "segments",
+    [
+        [Segment(3, 5, 4), Segment(3, 0, 4), Segment(2, 1, 6)],
+        [Segment(3, 0, 4), Segment(3, 5, 4), Segment(2, 9, 0)],
+        [Segment(3, 1, 4), Segment(3, 5, 4), Segment(2, 0, 1)],
+    ],
+    ids=["back to front", "with a gap", "end to end"],
+)
+def test_segments_read_their_own_past_wherever_it_lies(segments: list[Segment]) -> None:
     torch.manual_seed(0)
-    segments = [Segment(3, 5, 4), Segment(3, 0, 4), Segment(2, 1, 6)]
     row = [torch.randn(1, 2, 8, 4, dtype=torch.float64) for _ in range(3)]
     cache = (
         torch.randn(2, 9, 4, dtype=torch.float64),
@@ -83,6 +91,20 @@ def test_segments_read_their_own_past_wherever_it_lies() -> None:
         expected = written_out(*own, past, 0.5, None, None)
         torch.testing.assert_close(output[0, rows].transpose(0, 1), expected[:, 0])
         start += segment.query_length
+
+
+def test_dropout_thins_the_weights_and_keeps_their_mean() -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 5, 4), torch.randn(1, 1, 5, 4)
+    past = (torch.randn(1, 1, 7, 4), torch.randn(1, 1, 7, 4))
+    count = 4000
+    many = [t.expand(-1, count, -1, -1) for t in (query, key, key)]
+    many_past = (past[0].expand(-1, count, -1, -1), past[1].expand(-1, count, -1, -1))
+    for route in (kernels._attend_blocks, kernels._attend_sdpa):
+        expected = route(query, key, key, past, 0.5, 0.0, None, None)[:, 0]
+        drawn = route(*many, many_past, 0.5, 0.3, None, None)
+        assert drawn.std(dim=1).min() > 0.05
+        torch.testing.assert_close(drawn.mean(dim=1), expected, rtol=0, atol=0.08)
 
 
 def test_more_keys_than_queries_without_a_mask_is_refused() -> None:

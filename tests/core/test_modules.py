@@ -240,7 +240,7 @@ def test_the_decoder_always_runs_a_prompt_token(rule: str, length: int, header: 
 
 
 def test_ratios_are_exact_and_rules_are_read_back() -> None:
-    assert BoundaryRule.parse("ratio:0.7").base_length(10) == 7
+    assert BoundaryRule.parse("ratio:0.29").base_length(100) == 29
     assert BoundaryRule.parse("ratio:1").base_length(10) == 9
     assert BoundaryRule.parse("block_aligned:16").base_length(32) == 16
     for text in ("last_token", "generation_prompt", "block_aligned:4", "ratio:0.25", "ratio:1/3"):

@@ -24,14 +24,14 @@ RULES = ("last_token", "generation_prompt", "block_aligned:4", "ratio:0", "ratio
 @st.composite
 def conversation_lists(draw: st.DrawFn) -> list[Conversation]:
     # Few lengths, so that equal shapes meet.
-    turn = st.tuples(st.sampled_from([1, 2, 5, 9]), st.sampled_from([1, 2, 4]), st.integers(1, 3))
+    turn = st.tuples(st.sampled_from([1, 2, 5, 9]), st.sampled_from([1, 2, 4]), st.integers(1, 9))
     shapes = st.lists(st.lists(turn, min_size=1, max_size=3), min_size=1, max_size=6)
     rows = []
     for number, shape in enumerate(draw(shapes)):
         turns, length = [], 0
         for prompt, response, header in shape:
             start = length + prompt
-            turns.append(Turn(start, start + response, min(header, prompt)))
+            turns.append(Turn(start, start + response, min(header, start)))
             length = start + response
         length += draw(st.integers(0, 2))
         rows.append(Conversation(tuple(number * STRIDE + i for i in range(length)), tuple(turns)))

@@ -26,7 +26,7 @@ class BoundaryRule:
             of `block_size` tokens from the base), or `ratio` (the first `floor(ratio * n)`).
         block_size: tokens in a block, for `block_aligned`.
         ratio: the sharing ratio in `[0, 1]`, for `ratio`. Kept exact, as a fraction of the decimal
-            that was written, so that `ratio:0.7` of 10 tokens is 7 and not 6.
+            that was written, so that `ratio:0.29` of 100 tokens is 29 and not 28.
     """
 
     kind: Kind
