@@ -2,8 +2,9 @@
 
 A matrix product of (m, k) and (k, n) is 2mkn FLOPs. A forward pass costs 2 FLOPs a parameter and
 token, the gradient of its inputs 2 more, that of its weights 2 more. Attention costs 4 H D a
-query-key pair and layer forward (two products), twice that backward. Norms, RoPE and the optimizer
-are left out, as usual for model FLOPs (PaLM, arXiv 2204.02311, appendix B).
+query-key pair and layer forward (two products), and twice that backward; once over the prompt
+cache, whose K/V are constants and get no gradient. Norms, RoPE and the optimizer are left out, as
+usual for model FLOPs (PaLM, arXiv 2204.02311, appendix B).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def matmul_parameters(causal_lm: PreTrainedModel) -> tuple[int, int]:
     head_weights = _weight_of(head).numel() if head is not None else 0
     stack = 0
     for name, parameter in causal_lm.base_model.named_parameters():
-        if ".lora_" in name or parameter.dim() < 2 or "embed" in name:
+        if ".lora_" in name or parameter.dim() < 2 or "embed" in name or name.endswith("bias"):
             continue
         share = 1.0
         if parameter.dim() == 3:  # stacked experts
@@ -58,19 +59,26 @@ def step_flops(
     Args:
         layout: of the packed batch; a `full_prompt` batch has no prefill tokens.
         stack, head: from `matmul_parameters`.
+        config: the model's configuration.
         trains_base_weights: full fine-tuning; an adapter's own products are left out.
         checkpointing: the stack's forward runs twice.
     """
     layers = config.num_hidden_layers
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    pair = 4 * config.num_attention_heads * head_dim
-    # The base's last layer ends at its keys and values, so a layer of the stack is not run.
-    prefill = sum(layout.prompt_lengths)
-    base = (layers - 1) / layers * (2 * stack * prefill + pair * layers * layout.prefill_pairs)
-    decoder = sum(group.count * group.query_length for group in layout.decode_groups)
-    weights = 4 if trains_base_weights else 2  # input gradients, and weight gradients
-    forward = 2 * stack * decoder
-    attention = pair * layers * layout.decode_pairs
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    pair = 4 * heads * head_dim
+    # The base's last layer ends at its keys and values: of its products only Q, K and V are run.
+    prefill_tokens = sum(layout.prompt_lengths)
+    projections = config.hidden_size * (heads + 2 * kv_heads) * head_dim
+    base = 2 * prefill_tokens * (stack * (layers - 1) / layers + projections)
+    base += pair * (layers - 1) * layout.prefill_pairs
+
+    tokens = sum(group.count * group.query_length for group in layout.decode_groups)
+    past_pairs = sum(g.count * g.query_length * g.past_length for g in layout.decode_groups)
+    forward = 2 * stack * tokens + pair * layers * layout.decode_pairs
+    # Gradients of inputs, and of weights where they are trained.
+    slopes = 4 if trains_base_weights else 2
+    backward = slopes * stack * tokens
+    backward += pair * layers * (2 * layout.decode_pairs - past_pairs)
     repeats = 2 if checkpointing else 1
-    total = base + repeats * (forward + attention) + weights * stack * decoder + 2 * attention
-    return round(total + (2 + weights) * head * layout.response_tokens)
+    return round(base + repeats * forward + backward + (2 + slopes) * head * layout.response_tokens)

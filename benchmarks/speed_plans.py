@@ -1,0 +1,146 @@
+"""Which settings the training benchmark runs, what each costs, and what fits a quick run."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from speed_workloads import (
+    METHODS,
+    RANDOM_MODEL,
+    Case,
+    Workload,
+    random_workload,
+    seal_tools_workload,
+)
+from transformers import AutoModelForCausalLM
+
+from prefillshare_train.core.cost import matmul_parameters
+
+SHAPES = ((64, 64), (256, 64), (512, 64), (1024, 64))
+QUICK_SHAPE = (512, 64)
+QUICK_SECONDS = 165.0  # leaves some of three minutes to a machine whose speed varies
+QUICK_ROUNDS = {"sft": 3, "trl": 2, "alora": 2, "prefillshare": 3}
+# To estimate how long a pass takes: the share of the matmul rate that is reached, what TRL takes
+# for its LM head on every position (a position and vocabulary entry), and what a model's making.
+EFFICIENCY = {"float32": 0.7, "bfloat16": 0.4}
+TRL_HEAD_SECONDS = 5e-8
+SECONDS_TO_BUILD = 0.7
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A setting, its work and what that costs."""
+
+    case: Case
+    workload: Workload
+    flops: dict[str, int]
+    rounds: dict[str, int]
+
+    def pass_seconds(self, method: str, rate: float) -> float:
+        """Estimate of a method's pass, at a matmul rate in FLOP/s."""
+        seconds = self.flops[method] / (rate * EFFICIENCY[self.case.dtype])
+        if method in ("trl", "alora"):
+            positions = sum(len(c.token_ids) for c in self.workload.conversations)
+            seconds += positions * self.case.config().vocab_size * TRL_HEAD_SECONDS
+        return seconds
+
+    def seconds(self, rate: float) -> float:
+        """Estimate of everything: passes for memory and step 0, and the timed ones."""
+        return sum(
+            self.pass_seconds(m, rate) * (self.rounds[m] + 2) + 2 * SECONDS_TO_BUILD
+            for m in self.case.methods
+        )
+
+
+def make_plan(case: Case, workload: Workload, rounds: dict[str, int]) -> Plan:
+    """Count a setting's FLOPs; no weights are made for it."""
+    config = case.config()
+    with torch.device("meta"):
+        weights = matmul_parameters(AutoModelForCausalLM.from_config(config))
+    flops = {m: workload.flops(m, config, weights, case) for m in case.methods}
+    return Plan(case, workload, flops, rounds)
+
+
+def matmul_rate(config: Any, dtype: torch.dtype, rows: int, repeats: int = 11) -> float:
+    """FLOP/s of a plain product of the model's MLP shape, the median of a few."""
+    left = torch.randn(rows, config.hidden_size, dtype=dtype)
+    right = torch.randn(config.intermediate_size, config.hidden_size, dtype=dtype)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        F.linear(left, right)
+        times.append(time.perf_counter() - start)
+    return 2 * left.numel() * right.shape[0] / statistics.median(times)
+
+
+def rates_of(dtypes: list[str], model: str) -> dict[str, float]:
+    """Matmul rate of each dtype, FLOP/s."""
+    config = Case(model, "none", False, "float32").config()
+    return {dtype: matmul_rate(config, getattr(torch, dtype), 2048) for dtype in dtypes}
+
+
+def quick_plans(
+    options: argparse.Namespace, rates: dict[str, float], seconds: float, console: Console
+) -> list[Plan]:
+    """The 512/64 rows of each dtype with the largest micro-batches that fit the time.
+
+    Every dtype gets a micro-batch of one conversation before any gets a larger one.
+
+    Args:
+        options: of the command line.
+        rates: from `rates_of`.
+        seconds: for all rows together.
+        console: told which dtype is left out.
+    """
+    rounds = QUICK_ROUNDS if options.rounds is None else dict.fromkeys(METHODS, options.rounds)
+    vocabulary = Case(options.model, "none", False, "float32").config().vocab_size
+    chosen: dict[str, list[Plan]] = {dtype: [] for dtype in options.dtype}
+
+    def cost(plans: list[Plan]) -> float:
+        return sum(plan.seconds(rates[plan.case.dtype]) for plan in plans)
+
+    sizes = [options.micro_batch] if options.micro_batch else [1, 2, 4]
+    for rows in sizes:
+        workload = random_workload(*QUICK_SHAPE, rows, vocabulary)
+        for dtype in options.dtype:
+            cases = [Case(options.model, adapter, False, dtype) for adapter in ("none", "lora")]
+            plans = [make_plan(case, workload, rounds) for case in cases]
+            others = sum(cost(chosen[d]) for d in options.dtype if d != dtype)
+            if others + cost(plans) <= seconds:
+                chosen[dtype] = plans
+            elif rows == sizes[0]:
+                console.print(
+                    f"{dtype} with micro-batches of {rows}: left out; its rows would take about "
+                    f"{cost(plans):.0f} s, and {seconds - others:.0f} s are left for them"
+                )
+    return [plan for plans in chosen.values() for plan in plans]
+
+
+def all_plans(options: argparse.Namespace, console: Console) -> Iterator[Plan]:
+    """Every setting: shapes, models, adapters, checkpointing, dtypes."""
+    rows = options.micro_batch or 4
+    rounds = dict.fromkeys(METHODS, options.rounds or 5)
+    seal_tools = None
+    if not options.seal_tools.is_dir():
+        console.print(f"Seal-Tools is not at {options.seal_tools}: its rows are left out")
+    else:
+        seal_tools = seal_tools_workload(options.seal_tools, options.model, max(1, rows // 2))
+    for model in (options.model, RANDOM_MODEL):
+        vocabulary = Case(model, "none", False, "float32").config().vocab_size
+        workloads = [random_workload(*shape, rows, vocabulary) for shape in SHAPES]
+        if seal_tools is not None and model == options.model:
+            workloads.append(seal_tools)
+        for dtype in options.dtype:
+            for adapter in ("none", "lora"):
+                for checkpointing in (False, True):
+                    case = Case(model, adapter, checkpointing, dtype)
+                    for workload in workloads:
+                        yield make_plan(case, workload, rounds)

@@ -1,0 +1,237 @@
+"""Training speed and memory, side by side: hand-written SFT, TRL, PEFT aLoRA, and prefillshare.
+
+    python benchmarks/train_speed.py --model .cache/models/smollm2-135m-instruct [--quick]
+
+All methods of a setting run in one process on the same token ids, interleaved round by round;
+medians are reported. A round is forward and backward of every micro-batch by each method, added
+onto gradients that exist, then one AdamW step (fused), timed once, since it is the same for all:
+the same number of parameters, and the states of one model. A training step is then `--accumulation`
+micro-batches and one optimizer step. Before any timing, every method's loss at step 0 must be the
+same. Peak memory is the resident high-water mark of a step in a process of its own a method.
+
+Methods: `sft` is a hand-written loop (SDPA, LM head on target positions); `trl` TRL's SFTTrainer,
+completion-only; `alora` the same with a PEFT aLoRA adapter that starts at the assistant header;
+`prefillshare` our trainer's own step. The quick run is 512/64 on the given model, checkpointing
+off, in under three minutes: it takes the largest micro-batches that fit, down to one conversation,
+and two rounds of TRL and aLoRA (they are slow on a CPU, where TRL runs the LM head everywhere).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import psutil
+import speed_memory
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from speed_methods import adamw, build, quiet
+from speed_plans import (
+    QUICK_SECONDS,
+    SECONDS_TO_BUILD,
+    Plan,
+    all_plans,
+    matmul_rate,
+    quick_plans,
+    rates_of,
+)
+from speed_report import Row, print_table, write_json, write_plot
+
+QUICK_END = 175.0  # seconds after which a quick run starts nothing more
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}
+
+
+class Bar:
+    """Progress in estimated seconds."""
+
+    def __init__(self, progress: Progress, total: float) -> None:
+        self._progress = progress
+        self._task = progress.add_task("start", total=total)
+
+    def done(self, seconds: float, doing: str) -> None:
+        """Some of the work is done."""
+        self._progress.update(self._task, advance=seconds, description=doing)
+
+
+def measure(plan: Plan, options: argparse.Namespace, rate: float, bar: Bar) -> list[Row]:
+    """All rows of a setting."""
+    case, workload = plan.case, plan.workload
+    label = f"{case.dtype} {case.adapter} {workload.name}"
+    cost = {m: plan.pass_seconds(m, rate) for m in case.methods}
+    memory = {}
+    for method in case.methods:
+        memory[method] = speed_memory.measure(method, case, workload, torch.get_num_threads())
+        bar.done(cost[method] + SECONDS_TO_BUILD, f"{label} memory")
+
+    models, runs = {}, {}
+    for method in case.methods:
+        models[method], runs[method] = build(method, case, workload)
+    count = len(workload.micro_batches)
+    losses = {}
+    for method, run in runs.items():  # compiles kernels for these shapes, and makes the gradients
+        losses[method] = sum(run(index) for index in range(count))
+        bar.done(cost[method] + SECONDS_TO_BUILD, f"{label} step 0")
+    check_losses(losses, TOLERANCE[case.dtype], label)
+
+    optimizer = adamw(models["sft"])
+    optimizer.step()
+    config = case.config()
+    longest = max(sum(len(c.token_ids) for c in rows) for rows in workload.micro_batches)
+    times: dict[str, list[float]] = {m: [] for m in case.methods}
+    optimizer_times, rates = [], []
+    for number in range(max(plan.rounds.values())):
+        for method, run in runs.items():
+            if number >= plan.rounds[method]:
+                continue
+            start = time.perf_counter()
+            for index in range(count):
+                run(index)
+            times[method].append(time.perf_counter() - start)
+            bar.done(cost[method], f"{label} round {number + 1}")
+        start = time.perf_counter()
+        optimizer.step()
+        optimizer_times.append(time.perf_counter() - start)
+        rates.append(matmul_rate(config, case.torch_dtype, longest))
+    passes = options.accumulation / count
+    optimizer_seconds = statistics.median(optimizer_times)
+    seconds = {m: statistics.median(times[m]) for m in case.methods}
+    step = {m: seconds[m] * passes + optimizer_seconds for m in case.methods}
+    prompt, response = workload.mean_lengths
+    return [
+        {
+            "method": method,
+            "adapter": case.adapter,
+            "checkpointing": case.checkpointing,
+            "model": Path(case.model).name,
+            "prompt_tokens": prompt,
+            "response_tokens": response,
+            "response_tokens_per_s": workload.response_tokens * passes / step[method],
+            "peak_memory_mib": memory[method].peak,
+            "step0_loss": losses[method],
+            "ratio_to_sft": step["sft"] / step[method],
+            "flop_bound": plan.flops["sft"] / plan.flops[method],
+            "dtype": case.dtype,
+            "workload": workload.name,
+            "step_seconds": step[method],
+            "pass_seconds": seconds[method],
+            "optimizer_seconds": optimizer_seconds,
+            "micro_batches_per_step": options.accumulation,
+            "conversations_per_micro_batch": len(workload.micro_batches[0]),
+            "rounds": plan.rounds[method],
+            "peak_memory_to_sft": memory[method].peak / memory["sft"].peak,
+            "peak_memory_over_libraries_mib": memory[method].peak - memory[method].libraries,
+            "peak_memory_over_loaded_mib": memory[method].peak - memory[method].loaded,
+            "gflops": plan.flops[method] / seconds[method] / 1e9,
+            "matmul_gflops": statistics.median(rates) / 1e9,
+            "matmul_share": plan.flops[method] / seconds[method] / statistics.median(rates),
+            "machine": machine(),
+        }
+        for method in case.methods
+    ]
+
+
+def check_losses(losses: dict[str, float], tolerance: float, label: str) -> None:
+    """Refuse to compare methods that do not compute the same loss.
+
+    Raises:
+        SystemExit: a loss is further from the hand-written loop's than the relative tolerance.
+    """
+    for method, loss in losses.items():
+        if not abs(loss - losses["sft"]) <= tolerance * losses["sft"]:
+            raise SystemExit(
+                f"{label}: the loss of {method} at step 0 is {loss}, that of sft {losses['sft']}; "
+                "they train different things, so no times are compared"
+            )
+
+
+def machine() -> str:
+    """Processor, threads and torch version."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [
+        line.partition(":")[2].strip()
+        for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else [])
+        if line.startswith("model name")
+    ]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder of a model with its tokenizer")
+    parser.add_argument("--quick", action="store_true", help="512/64 only, within three minutes")
+    parser.add_argument("--dtype", type=lambda text: text.split(","), default=list(TOLERANCE))
+    parser.add_argument("--micro-batch", type=int, help="conversations; 4 where none is given")
+    parser.add_argument("--accumulation", type=int, default=4, help="micro-batches in a step")
+    parser.add_argument("--rounds", type=int, help="timed rounds; 5, or 2 to 3 if quick")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train_speed.json"))
+    parser.add_argument("--seal-tools", type=Path, default=Path("../shared/data/seal_tools"))
+    options = parser.parse_args()
+    if not (Path(options.model) / "config.json").is_file():
+        parser.error(f"--model {options.model}: no config.json there; `make model` fetches one")
+    if unknown := set(options.dtype) - set(TOLERANCE):
+        parser.error(f"--dtype {sorted(unknown)}: known are {', '.join(TOLERANCE)}")
+    for name in ("micro_batch", "accumulation", "rounds"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be 1 or more; found {value}")
+    return options
+
+
+def main() -> None:
+    """Run the settings, write the results after each, and print the table."""
+    # Three minutes are those of the user: importing the libraries counts.
+    started = time.perf_counter() - (time.time() - psutil.Process().create_time())
+    options = parse()
+    quiet()
+    speed_memory.start_server()
+    console = Console(width=150)
+    console.print(f"{machine()}; a step is {options.accumulation} micro-batches and one AdamW step")
+    rows: list[Row] = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    speed_memory.wait_for_server()
+    rates = rates_of(options.dtype, options.model)
+    if options.quick:
+        left = QUICK_SECONDS - (time.perf_counter() - started)
+        queue = quick_plans(options, rates, left, console)
+    else:
+        queue = list(all_plans(options, console))
+    if not queue:
+        raise SystemExit("nothing fits the three minutes of --quick here; run without it")
+    with Progress(*columns, console=console) as progress:
+        bar = Bar(progress, sum(plan.seconds(rates[plan.case.dtype]) for plan in queue))
+        for plan in queue:
+            rate = rates[plan.case.dtype]
+            end = time.perf_counter() - started + plan.seconds(rate)
+            if options.quick and end > QUICK_END:
+                setting = f"{plan.case.dtype} {plan.case.adapter}"
+                console.print(f"{setting}: left out; it would end after {end:.0f} s")
+                bar.done(plan.seconds(rate), "left out")
+                continue
+            rows += measure(plan, options, rate, bar)
+            write_json(rows, options.out)
+            gc.collect()
+    print_table(rows, console)
+    plot = options.out.with_suffix(".png")
+    write_plot(rows, plot)
+    console.print(f"{options.out} and {plot}, {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
