@@ -21,6 +21,7 @@ _HOMES = {
     "SourceConfig": "data",
     "Turn": "core.spans",
     "UnsupportedModelError": "core.families",
+    "add_adapter": "core.loading",
     "build_dataset": "data",
     "generate": "core.generate",
     "load_causal_lm": "core.modules",

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.data.helpers import tiny_tokenizer, write_jsonl
+from tests.data.helpers import write_jsonl
 from tests.training import tiny
-from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from prefillshare_train.cli.main import app
@@ -24,14 +23,7 @@ runner = CliRunner()
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A base, rows and a recipe."""
-    tokenizer = tiny_tokenizer()
-    config = tiny.config()
-    config.vocab_size = len(tokenizer)
-    config.eos_token_id = tokenizer.eos_token_id
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    tiny.save_base(tmp_path / "base")
     rows = [{"prompt": f"Say {n} again.", "completion": f"{n} and {n}."} for n in range(40)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     (tmp_path / "recipe.yaml").write_text(

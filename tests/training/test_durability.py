@@ -114,6 +114,20 @@ def test_a_full_disk_is_told_and_costs_no_earlier_checkpoint(
     assert [p.name for p in sorted(tmp_path.glob("*checkpoint*"))] == ["checkpoint-2"]
 
 
+def test_writes_that_really_fail_leave_the_last_good_checkpoint(
+    tmp_path: Path, undisturbed: dict[int, str]
+) -> None:
+    folder, losses = tmp_path / "run", tmp_path / "losses"
+    process = start(folder, losses, "--full-from", "4")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "CheckpointWriteError" in errors
+    assert "checkpoint-3" in errors.splitlines()[-1]
+    assert [p.name for p in folder.glob("*checkpoint*")] == ["checkpoint-3"]
+    run(folder, losses)
+    assert read(losses) == undisturbed
+
+
 def test_old_checkpoints_rotate_and_the_best_is_kept(tmp_path: Path) -> None:
     trainer = tiny.full_trainer(
         tmp_path,

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.data.helpers import tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from prefillshare_train.core.attention import ATTENTION_NAME
 from prefillshare_train.core.spans import Conversation, Turn
@@ -47,6 +48,18 @@ def lora(seed: int = 0, **options: Any) -> nn.Module:
     torch.manual_seed(seed + 1)
     settings = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
     return get_peft_model(base, LoraConfig(**settings))
+
+
+def save_base(folder: Path) -> Path:
+    """A tiny base with its tokenizer, as a checkpoint folder."""
+    tokenizer = tiny_tokenizer()
+    settings = config()
+    settings.vocab_size = len(tokenizer)
+    settings.eos_token_id = tokenizer.eos_token_id
+    torch.manual_seed(0)
+    LlamaForCausalLM(settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def conversations(count: int, seed: int = 0) -> list[Conversation]:

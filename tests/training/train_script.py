@@ -1,12 +1,13 @@
 """A training process for the durability tests, killed or stopped from outside or at a chosen point.
 
-python tests/training/train_script.py FOLDER LOSSES [--kill-at N | --kill-in-save N | --sleep S]
+python tests/training/train_script.py FOLDER LOSSES [options]
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import signal
 import sys
 import time
@@ -26,8 +27,11 @@ from prefillshare_train.training.trainer import CacheConditionedTrainer
 class Recorder(TrainerCallback):
     """Appends each step's loss, bit for bit; kills its own process after a given step."""
 
-    def __init__(self, path: Path, kill_at: int | None, sleep: float) -> None:
-        self.path, self.kill_at, self.sleep = path, kill_at, sleep
+    def __init__(
+        self, path: Path, kill_at: int | None, full_from: int | None, sleep: float
+    ) -> None:
+        self.path, self.kill_at, self.full_from = path, kill_at, full_from
+        self.sleep = sleep
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" in logs:
@@ -36,6 +40,10 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         time.sleep(self.sleep)
+        if state.global_step == self.full_from:
+            # No file may grow past this any more: writes fail as on a full disk.
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
         if state.global_step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -57,10 +65,12 @@ def main() -> None:
     parser.add_argument("losses", type=Path)
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--kill-in-save", type=int)
+    parser.add_argument("--full-from", type=int)
     parser.add_argument("--sleep", type=float, default=0.0)
     options = parser.parse_args()
     torch.set_num_threads(1)
     stop = StopOnSignal()
+    recorder = Recorder(options.losses, options.kill_at, options.full_from, options.sleep)
     trainer = KilledInSave(
         tiny.lora(lora_dropout=0.1),  # dropout: the generators must resume too
         tiny.arguments(
@@ -72,7 +82,7 @@ def main() -> None:
             lr_scheduler_type="cosine",
         ),
         train_dataset=tiny.conversations(30),
-        callbacks=[stop, Recorder(options.losses, options.kill_at, options.sleep)],
+        callbacks=[stop, recorder],
     )
     trainer.kill_in_save = options.kill_in_save
     trainer.train(resume_from_checkpoint=trainer.last_checkpoint())

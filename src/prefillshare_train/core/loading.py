@@ -39,7 +39,8 @@ def load_decoder(
 
     Args:
         base: hub id or path of the base, where it is not what the contract names.
-        dtype: dtype of base and decoder; the contract's K/V dtype where None.
+        dtype: dtype of base and decoder. Where None, the base has the contract's K/V dtype, and a
+            fully trained decoder the one that it was saved in.
 
     Raises:
         ContractError: the folder has no contract, or the base is not the one that it names. Both
@@ -47,16 +48,40 @@ def load_decoder(
     """
     folder = Path(folder)
     contract = Contract.load(folder)
-    dtype = dtype or getattr(torch, contract.kv_dtype)
     model = load_causal_lm(
         base or contract.base_id,
-        dtype=dtype,
+        dtype=dtype or getattr(torch, contract.kv_dtype),
         revision=contract.base_revision if base is None else None,
         device=device,
     )
     contract.verify(base_fingerprint=weights_fingerprint(model), config=model.config)
     if contract.adapter == "none":
-        decoder: nn.Module = load_causal_lm(str(folder), dtype=dtype, device=device)
+        decoder: nn.Module = load_causal_lm(str(folder), dtype=dtype or "auto", device=device)
         return LoadedDecoder(decoder.eval(), PrefillModule(model), contract)
     decoder = PeftModel.from_pretrained(model, str(folder))
     return LoadedDecoder(decoder.eval(), PrefillModule(decoder), contract)
+
+
+def add_adapter(loaded: LoadedDecoder, folder: Path | str, name: str) -> Contract:
+    """Load a second LoRA decoder beside the first, over the same base and for the same prompts.
+
+    Choose between them with `loaded.decoder.set_adapter`; the first is called `default`.
+
+    Returns:
+        The added decoder's contract.
+
+    Raises:
+        ContractError: it was trained over another base, prompt format or boundary, so that the
+            two cannot read one cache.
+        ValueError: one of the two is fully trained and has no adapter.
+    """
+    contract = Contract.load(Path(folder))
+    contract.verify(
+        base_fingerprint=loaded.contract.base_fingerprint,
+        prompt=loaded.contract.prompt,
+        boundary=loaded.contract.rule,
+    )
+    if not isinstance(loaded.decoder, PeftModel) or contract.adapter == "none":
+        raise ValueError(f"{folder} cannot be added: both decoders must be LoRA adapters")
+    loaded.decoder.load_adapter(str(folder), adapter_name=name)
+    return contract

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
@@ -75,9 +76,9 @@ class AtomicCheckpoints(Trainer):
             self.accelerator.wait_for_everyone()
         except Exception as error:
             shutil.rmtree(self._staging, ignore_errors=True)
-            # safetensors reports a full disk with an error class of its own.
             self._staging = None
-            if not isinstance(error, OSError) and "I/O" not in str(error):
+            # safetensors reports a full disk with an error class of its own.
+            if not isinstance(error, OSError | SafetensorError):
                 raise
             last = self.last_checkpoint()
             raise CheckpointWriteError(

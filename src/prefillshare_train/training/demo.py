@@ -12,13 +12,18 @@ from rich.console import Console
 from rich.table import Table
 
 from prefillshare_train.core.generate import generate
-from prefillshare_train.core.loading import LoadedDecoder, load_decoder
+from prefillshare_train.core.loading import LoadedDecoder, add_adapter, load_decoder
 from prefillshare_train.data import PreparedData
 from prefillshare_train.training.exact_match import answer_examples
 from prefillshare_train.training.held_out import held_out_loss
 from prefillshare_train.training.plots import plot_losses
 from prefillshare_train.training.recipe import load_recipe
-from prefillshare_train.training.run import DECODER_FOLDER, prepare_data, run_training
+from prefillshare_train.training.run import (
+    DECODER_FOLDER,
+    prepare_data,
+    prompt_fingerprint,
+    run_training,
+)
 
 _TASKS = ("tool_calling", "math")
 _ANSWER_TOKENS = 128
@@ -44,6 +49,8 @@ def run_demo(model: Path, out: Path, recipes: Path, *, rows: int, steps: int | N
     trained = {task: _train(task, model, out, recipes, steps) for task in _TASKS}
     tools = trained["tool_calling"]
     loaded = load_decoder(tools.folder, base=str(model))
+    # The rows are rendered anew: with another template than in training they would measure nothing.
+    loaded.contract.verify(prompt=prompt_fingerprint(tools.data.renderer))
     comparison = _compare(loaded, tools.data, rows)
     out.mkdir(parents=True, exist_ok=True)
     (out / "comparison.json").write_text(json.dumps(comparison, indent=2) + "\n")
@@ -113,7 +120,7 @@ def _share_one_prefill(loaded: LoadedDecoder, other: Path, data: PreparedData) -
     """One prompt, one prefill, two decoders."""
     decoder = loaded.decoder
     assert isinstance(decoder, PeftModel)
-    decoder.load_adapter(str(other), adapter_name="math")
+    add_adapter(loaded, other, "math")
     example = data.eval_examples[0]
     prompt = list(example.prompt_ids)
     cut = loaded.contract.rule.base_length(len(prompt), example.header_length)

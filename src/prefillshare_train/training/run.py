@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from prefillshare_train.core.contract import Contract, cache_config, weights_fingerprint
 from prefillshare_train.core.families import check_supported, position_limit
 from prefillshare_train.core.modules import causal_lm_of, load_causal_lm
-from prefillshare_train.data import PreparedData, build_dataset
+from prefillshare_train.data import PreparedData, Renderer, build_dataset
 from prefillshare_train.training.checkpoints import StopOnSignal
 from prefillshare_train.training.exact_match import ExactMatchCallback
 from prefillshare_train.training.recipe import LoadedRecipe, Recipe, RecipeError
@@ -94,18 +94,25 @@ def build_models(recipe: Recipe) -> tuple[nn.Module, nn.Module | None, str]:
     return decoder, load_causal_lm(name, dtype=base_dtype, revision=revision), fingerprint
 
 
+def prompt_fingerprint(renderer: Renderer) -> dict[str, Any]:
+    """What shapes a prompt, as the contract keeps it.
+
+    Where a template lies and what it is called shape nothing; its text does.
+    """
+    found = renderer.fingerprint()
+    kept = {key: value for key, value in found.items() if key not in ("kind", "name")}
+    plain: dict[str, Any] = json.loads(json.dumps(kept))
+    return plain
+
+
 def make_contract(recipe: Recipe, model: nn.Module, data: PreparedData, base: str) -> Contract:
     """The contract of a decoder about to be trained; `base` is the base's fingerprint."""
-    prompt = data.renderer.fingerprint()
-    # Where a template lies and what it is called shape nothing; its text does.
-    prompt = {key: value for key, value in prompt.items() if key not in ("kind", "name")}
-    plain: dict[str, Any] = json.loads(json.dumps(prompt))
     return Contract(
         base_id=recipe.base.model,
         base_revision=recipe.base.revision,
         base_fingerprint=base,
         cache_config=cache_config(causal_lm_of(model).config),
-        prompt=plain,
+        prompt=prompt_fingerprint(data.renderer),
         boundary=recipe.boundary,
         kv_dtype=recipe.base.dtype,
         method=recipe.method,
