@@ -115,6 +115,18 @@ def test_evaluation_is_weighted_by_tokens(tmp_path: Path) -> None:
     assert apart == pytest.approx(found[0]["eval_loss"], rel=1e-6)
 
 
+def test_evaluation_leaves_every_module_in_its_mode(tmp_path: Path) -> None:
+    trainer = tiny.full_trainer(tmp_path)
+    trainer.model.train()
+    causal_lm_of(trainer.model).model.layers[0].eval()
+    modes = {name: module.training for name, module in trainer.model.named_modules()}
+    rows = tiny.conversations(3)
+    held_out_loss(trainer.model, rows, prefill=trainer.prefill, rule=trainer.rule)
+    assert {name: module.training for name, module in trainer.model.named_modules()} == modes
+    trainer.evaluate()
+    assert {name: module.training for name, module in trainer.model.named_modules()} == modes
+
+
 def test_what_is_logged(tmp_path: Path) -> None:
     trainer = tiny.full_trainer(tmp_path, peak_tflops=1.0)
     trainer.train()

@@ -41,9 +41,9 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         time.sleep(self.sleep)
         if state.global_step == self.full_from:
-            # No file may grow past this any more: writes fail as on a full disk.
+            # No file may grow past this any more, so that the weights fail as on a full disk.
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
         if state.global_step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--kill-in-save", type=int)
     parser.add_argument("--full-from", type=int)
+    parser.add_argument("--save-steps", type=int, default=3)
     parser.add_argument("--sleep", type=float, default=0.0)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -78,7 +79,7 @@ def main() -> None:
             max_steps=12,
             gradient_accumulation_steps=2,
             save_strategy="steps",
-            save_steps=3,
+            save_steps=options.save_steps,
             lr_scheduler_type="cosine",
         ),
         train_dataset=tiny.conversations(30),

@@ -19,7 +19,12 @@ from prefillshare_train.core.attention import AttentionJob
 from prefillshare_train.core.kernels import masked_attention
 from prefillshare_train.core.layout import Segment, group_segments, positions_of
 from prefillshare_train.core.loss import LogitTransform
-from prefillshare_train.core.modules import causal_lm_of, check_positions, run_backbone
+from prefillshare_train.core.modules import (
+    causal_lm_of,
+    check_positions,
+    evaluating,
+    run_backbone,
+)
 from prefillshare_train.core.prompt_cache import PromptCache
 
 
@@ -146,15 +151,10 @@ def generate(
                 "the decoder must run the last one at least (see core.boundary)"
             )
     causal_lm = causal_lm_of(decoder)
-    training = [module for module in decoder.modules() if module.training]
-    decoder.eval()
-    try:
+    with evaluating(decoder):
         return _Loop(
             causal_lm, cache, prompts, max_new_tokens, stop_ids, processors, sampler, on_token
         ).run()
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _Loop:

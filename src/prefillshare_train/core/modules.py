@@ -89,6 +89,21 @@ def use_prefillshare_attention(model: nn.Module) -> None:
         inner.set_attn_implementation(ATTENTION_NAME)
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block, and afterwards every module in the mode it was in.
+
+    `model.train(was_training)` would also set training a part that its user keeps in eval mode.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def run_backbone(
     model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, job: Any
 ) -> Tensor:
@@ -170,15 +185,10 @@ class PrefillModule:
         # disable_adapter() freezes the adapters and thaws them by rules of its own; a user who
         # froze some of them must find them frozen.
         gradient_flags = [(p, p.requires_grad) for p in self.model.parameters()]
-        training = [m for m in self.model.modules() if m.training]
-        for module in training:
-            module.training = False
         try:
-            with self.model.disable_adapter():
+            with evaluating(self.model), self.model.disable_adapter():
                 yield
         finally:
-            for module in training:
-                module.training = True
             for parameter, flag in gradient_flags:
                 parameter.requires_grad_(flag)
 

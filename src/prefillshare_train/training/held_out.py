@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from prefillshare_train.core.attention import JOB_KEYWORD, AttentionJob
 from prefillshare_train.core.boundary import BoundaryRule
-from prefillshare_train.core.modules import PrefillModule, attach_loss_head
+from prefillshare_train.core.modules import PrefillModule, attach_loss_head, evaluating
 from prefillshare_train.core.packing import pack
 from prefillshare_train.core.spans import Conversation
 
@@ -31,26 +31,24 @@ def held_out_loss(
         prefill: the base whose cache the decoder reads; None has the decoder run whole prompts.
     """
     attach_loss_head(decoder)
-    was_training = decoder.training
-    decoder.eval()
     method = "full_prompt" if prefill is None else "prefillshare"
     ordered = sorted(conversations, key=lambda c: len(c.token_ids))
     nll, tokens = 0.0, 0
     starts = range(0, len(ordered), batch_size)
-    for start in tqdm(starts, desc=description, unit="batch", leave=False):
-        batch = pack(ordered[start : start + batch_size], rule, method)  # type: ignore[arg-type]
-        layout = batch["layout"]
-        past = None
-        if prefill is not None:
-            past = prefill.prefill_packed(batch)
-        sums = decoder(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            labels=batch["labels"],
-            target_index=batch["target_index"],
-            **{JOB_KEYWORD: AttentionJob(layout.decode_groups, past=past)},
-        )
-        nll += float(sums["nll"])
-        tokens += layout.response_tokens
-    decoder.train(was_training)
+    with evaluating(decoder):
+        for start in tqdm(starts, desc=description, unit="batch", leave=False):
+            batch = pack(ordered[start : start + batch_size], rule, method)  # type: ignore[arg-type]
+            layout = batch["layout"]
+            past = None
+            if prefill is not None:
+                past = prefill.prefill_packed(batch)
+            sums = decoder(
+                input_ids=batch["input_ids"],
+                position_ids=batch["position_ids"],
+                labels=batch["labels"],
+                target_index=batch["target_index"],
+                **{JOB_KEYWORD: AttentionJob(layout.decode_groups, past=past)},
+            )
+            nll += float(sums["nll"])
+            tokens += layout.response_tokens
     return nll / tokens

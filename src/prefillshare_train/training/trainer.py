@@ -24,6 +24,7 @@ from prefillshare_train.core.modules import (
     attach_loss_head,
     causal_lm_of,
     check_positions,
+    evaluating,
     use_prefillshare_attention,
 )
 from prefillshare_train.core.packing import BatchLayout, Method, pack
@@ -223,11 +224,9 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
             model = self.model_wrapped
         else:
             model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
-        was_training = model.training
-        model.eval()
         totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         examples = 0
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for inputs in dataloader:
                 inputs = self._prepare_inputs(inputs)
                 with self.compute_loss_context_manager():
@@ -241,7 +240,6 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
                 self.control = self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 )
-        model.train(was_training)
         nll, correct, tokens = self.accelerator.reduce(totals, "sum").tolist()
         loss = nll / tokens
         metrics = {
