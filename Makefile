@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install model demo test lint bench-attention bench-train docs build clean
+.PHONY: help install model demo test lint bench-attention bench-train results docs build clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,10 @@ bench-attention: $(INSTALLED) ## Measure the CPU attention kernel beside SDPA
 
 bench-train: $(WEIGHTS) ## Measure training speed and memory side by side (QUICK=1: under 3 minutes)
 	$(PYTHON) benchmarks/train_speed.py --model $(MODEL) $(if $(QUICK),--quick)
+
+results: $(WEIGHTS) ## Train the SmolLM2-135M recipes by both methods and compare them (hours)
+	$(PYTHON) benchmarks/held_out.py
+	$(PYTHON) docs/generate.py
 
 docs: $(INSTALLED) ## Write the parts of docs/ that are generated from the code
 	$(PYTHON) docs/generate.py

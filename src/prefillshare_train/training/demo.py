@@ -9,13 +9,11 @@ from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
-from rich.table import Table
 
 from prefillshare_train.core.generate import generate
 from prefillshare_train.core.loading import LoadedDecoder, add_adapter, load_decoder
 from prefillshare_train.data import PreparedData
-from prefillshare_train.training.exact_match import answer_examples
-from prefillshare_train.training.held_out import held_out_loss
+from prefillshare_train.training.comparison import HeldOut, Score, score_table
 from prefillshare_train.training.plots import plot_losses
 from prefillshare_train.training.recipe import load_recipe
 from prefillshare_train.training.run import (
@@ -53,12 +51,14 @@ def run_demo(model: Path, out: Path, recipes: Path, *, rows: int, steps: int | N
     loaded.contract.verify(prompt=prompt_fingerprint(tools.data.renderer))
     comparison = _compare(loaded, tools.data, rows)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "comparison.json").write_text(json.dumps(comparison, indent=2) + "\n")
+    (out / "comparison.json").write_text(
+        json.dumps([score.row() for score in comparison], indent=2) + "\n"
+    )
     plot = plot_losses({task: run.history for task, run in trained.items()}, out / "loss.png")
     shared = _share_one_prefill(loaded, trained["math"].folder, tools.data)
     console = Console(width=100)
     with console.capture() as captured:
-        console.print(_table(comparison))
+        console.print(score_table(comparison, "Tool calls with tools unseen in training"))
         console.print(shared, markup=False, highlight=False)
     return f"{captured.get()}loss plot: {plot}"
 
@@ -75,45 +75,16 @@ def _train(task: str, model: Path, out: Path, recipes: Path, steps: int | None) 
     return _Trained(folder, data, json.loads((folder / "log_history.json").read_text()))
 
 
-def _compare(loaded: LoadedDecoder, data: PreparedData, rows: int) -> list[dict[str, Any]]:
+def _compare(loaded: LoadedDecoder, data: PreparedData, rows: int) -> list[Score]:
     """Held-out loss and exact match of the base, and of the decoder on the base's cache."""
-
-    def measure(name: str) -> dict[str, Any]:
-        common: dict[str, Any] = {"prefill": loaded.prefill, "rule": loaded.contract.rule}
-        answers = answer_examples(
-            loaded.decoder,
-            data.eval_examples[:rows],
-            data.renderer,
-            max_new_tokens=_ANSWER_TOKENS,
-            description=f"{name} answers",
-            **common,
-        )
-        return {
-            "decoder": name,
-            "held_out_loss": held_out_loss(
-                loaded.decoder, data.eval, description=f"{name} loss", **common
-            ),
-            "exact_match": sum(answer.correct for answer in answers) / len(answers),
-            "n": len(answers),
-        }
-
+    held_out = HeldOut(data, data.eval_examples[:rows], _ANSWER_TOKENS)
+    rule = loaded.contract.rule
     with loaded.prefill.base_weights():
-        base = measure("base")
-    return [base, measure("decoder on the base's cache")]
-
-
-def _table(comparison: list[dict[str, Any]]) -> Table:
-    table = Table(title="Tool calls with tools unseen in training")
-    for column in ("", "held-out loss", "exact match", "n"):
-        table.add_column(column, justify="left" if not column else "right")
-    for row in comparison:
-        table.add_row(
-            row["decoder"],
-            f"{row['held_out_loss']:.3f}",
-            f"{row['exact_match']:.1%}",
-            str(row["n"]),
-        )
-    return table
+        base = held_out.score("base", loaded.decoder, loaded.prefill, rule)
+    return [
+        base,
+        held_out.score("decoder on the base's cache", loaded.decoder, loaded.prefill, rule),
+    ]
 
 
 def _share_one_prefill(loaded: LoadedDecoder, other: Path, data: PreparedData) -> str:
