@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def held_out(folder: Path) -> HeldOut:
     loaded = load_recipe([folder / "recipe.yaml"])
-    _, data = prepare_data(loaded)
+    data = prepare_data(loaded)
     return HeldOut(data, data.eval_examples[:4], max_new_tokens=4)
 
 
@@ -61,7 +61,7 @@ def test_four_rows_each_measured_as_it_says(folder: Path, adapter: str) -> None:
     ]
     base, alone, naive, conditioned = (s.held_out_loss for s in scores)
     assert len({base, alone, naive, conditioned}) == 4, "two rows measured the same thing"
-    assert alone < base and conditioned < base, "training was not measured"
+    assert max(alone, conditioned) < base, "training was not measured"
     loaded = load_decoder(theirs)
     same = held_out(folder).score("x", loaded.decoder, None, loaded.contract.rule)
     assert same.held_out_loss == alone
@@ -111,5 +111,6 @@ def test_the_command_writes_figures_and_answers(folder: Path) -> None:
     assert len(answers) == 12
     for score in scores:
         right = [a["correct"] for a in answers if a["decoder"] == score["decoder"]]
-        assert score["n"] == 3 and score["exact_match"] == sum(right) / 3
+        assert score["n"] == 3
+        assert score["exact_match"] == sum(right) / 3
     assert not list(out.parent.glob(".unfinished*"))

@@ -26,7 +26,7 @@ def inspect(
     files = [item for item in recipe if "=" not in item]
     with user_errors():
         loaded = load_recipe(files, [item for item in recipe if "=" in item])
-        _, data = prepare_data(loaded)
+        data = prepare_data(loaded)
         for view in token_views(loaded.recipe, data, rows, marks=not console.is_terminal):
             console.print(view)
         for table in data_summary(loaded.recipe, data):

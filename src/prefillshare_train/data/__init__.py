@@ -7,6 +7,7 @@ from prefillshare_train.data.pipeline import EvalExample, PreparedData, build_da
 from prefillshare_train.data.rendering import Renderer, make_renderer
 from prefillshare_train.data.report import DataReport
 from prefillshare_train.data.rows import Row
+from prefillshare_train.data.saved_renderer import saved_renderer
 
 __all__ = [
     "DataConfig",
@@ -24,4 +25,5 @@ __all__ = [
     "make_renderer",
     "parse_tool_calls",
     "renderer_of",
+    "saved_renderer",
 ]

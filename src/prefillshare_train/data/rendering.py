@@ -6,6 +6,7 @@ given the very text that it was trained with (`Renderer.template`).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -140,6 +141,15 @@ class Renderer:
         assert isinstance(text, str)
         return text
 
+    def saved_tokenizer(self) -> PreTrainedTokenizerBase:
+        """A copy of the tokenizer that carries this template, for a decoder's folder.
+
+        Whatever loads it there renders the prompts that the decoder was trained on.
+        """
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.chat_template = self.template
+        return tokenizer
+
     def fingerprint(self) -> dict[str, Any]:
         """Everything that shapes a prompt, as plain JSON values.
 
@@ -156,6 +166,16 @@ class Renderer:
             "tokenizer_sha256": tokenizer_fingerprint(self.tokenizer),
             "end_token_ids": list(self.end_token_ids),
         }
+
+    def prompt_contract(self) -> dict[str, Any]:
+        """What shapes a prompt, as a decoder's contract keeps it.
+
+        Where a template lies and what it is called shape nothing; its text does.
+        """
+        found = self.fingerprint()
+        kept = {key: value for key, value in found.items() if key not in ("kind", "name")}
+        plain: dict[str, Any] = json.loads(json.dumps(kept))
+        return plain
 
 
 def make_renderer(

@@ -19,7 +19,7 @@ from prefillshare_train.data import EvalExample, PreparedData
 from prefillshare_train.training.exact_match import Answer, answer_examples
 from prefillshare_train.training.held_out import held_out_loss
 from prefillshare_train.training.recipe import LoadedRecipe, RecipeError
-from prefillshare_train.training.run import prepare_data, prompt_fingerprint
+from prefillshare_train.training.run import prepare_data
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def compare_methods(
         ContractError: a decoder was trained with another method, over another base, or for prompts
             of another form than the held-out ones.
     """
-    prompt = prompt_fingerprint(held_out.data.renderer)
+    prompt = held_out.data.renderer.prompt_contract()
     ours = _load(conditioned, "prefillshare", base, dtype)
     ours.contract.verify(prompt=prompt)
     rule = ours.contract.rule
@@ -195,7 +195,7 @@ def held_out_report(
         ContractError: see `compare_methods`.
     """
     recipe = loaded.recipe
-    _, data = prepare_data(loaded)
+    data = prepare_data(loaded)
     if not data.eval_examples:
         raise RecipeError("the recipe evaluates nothing: set data.eval or data.eval_fraction")
     held_out = HeldOut(data, data.eval_examples[:rows], max_new_tokens, batch_size)

@@ -19,7 +19,6 @@ from prefillshare_train.training.recipe import load_recipe
 from prefillshare_train.training.run import (
     DECODER_FOLDER,
     prepare_data,
-    prompt_fingerprint,
     run_training,
 )
 
@@ -48,7 +47,7 @@ def run_demo(model: Path, out: Path, recipes: Path, *, rows: int, steps: int | N
     tools = trained["tool_calling"]
     loaded = load_decoder(tools.folder, base=str(model))
     # The rows are rendered anew: with another template than in training they would measure nothing.
-    loaded.contract.verify(prompt=prompt_fingerprint(tools.data.renderer))
+    loaded.contract.verify(prompt=tools.data.renderer.prompt_contract())
     comparison = _compare(loaded, tools.data, rows)
     out.mkdir(parents=True, exist_ok=True)
     (out / "comparison.json").write_text(
@@ -71,7 +70,7 @@ def _train(task: str, model: Path, out: Path, recipes: Path, steps: int | None) 
     folder = out / task / DECODER_FOLDER
     if not folder.is_dir():
         run_training(loaded, resume=True)
-    _, data = prepare_data(loaded)
+    data = prepare_data(loaded)
     return _Trained(folder, data, json.loads((folder / "log_history.json").read_text()))
 
 

@@ -6,17 +6,16 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from prefillshare_train.core.contract import Contract, cache_config, weights_fingerprint
 from prefillshare_train.core.families import check_supported, position_limit
 from prefillshare_train.core.modules import causal_lm_of, load_causal_lm
-from prefillshare_train.data import PreparedData, Renderer, build_dataset
+from prefillshare_train.data import PreparedData, build_dataset
 from prefillshare_train.training.checkpoints import StopOnSignal
 from prefillshare_train.training.exact_match import ExactMatchCallback
 from prefillshare_train.training.recipe import LoadedRecipe, Recipe, RecipeError
@@ -40,7 +39,7 @@ class RunResult:
     data: PreparedData
 
 
-def prepare_data(loaded: LoadedRecipe) -> tuple[PreTrainedTokenizerBase, PreparedData]:
+def prepare_data(loaded: LoadedRecipe) -> PreparedData:
     """Everything before weights: configuration, tokenizer, template and data are checked here."""
     recipe = loaded.recipe
     config = AutoConfig.from_pretrained(recipe.base.model, revision=recipe.base.revision)
@@ -52,13 +51,12 @@ def prepare_data(loaded: LoadedRecipe) -> tuple[PreTrainedTokenizerBase, Prepare
             f"batch's length past {limit}: set it to {limit} or less"
         )
     tokenizer = AutoTokenizer.from_pretrained(recipe.base.model, revision=recipe.base.revision)
-    data = build_dataset(
+    return build_dataset(
         recipe.data,
         tokenizer,
         base_dir=loaded.base_dir,
         end_token_ids=_generation_ends(recipe),
     )
-    return tokenizer, data
 
 
 def _generation_ends(recipe: Recipe) -> list[int]:
@@ -94,17 +92,6 @@ def build_models(recipe: Recipe) -> tuple[nn.Module, nn.Module | None, str]:
     return decoder, load_causal_lm(name, dtype=base_dtype, revision=revision), fingerprint
 
 
-def prompt_fingerprint(renderer: Renderer) -> dict[str, Any]:
-    """What shapes a prompt, as the contract keeps it.
-
-    Where a template lies and what it is called shape nothing; its text does.
-    """
-    found = renderer.fingerprint()
-    kept = {key: value for key, value in found.items() if key not in ("kind", "name")}
-    plain: dict[str, Any] = json.loads(json.dumps(kept))
-    return plain
-
-
 def make_contract(recipe: Recipe, model: nn.Module, data: PreparedData, base: str) -> Contract:
     """The contract of a decoder about to be trained; `base` is the base's fingerprint."""
     return Contract(
@@ -112,7 +99,7 @@ def make_contract(recipe: Recipe, model: nn.Module, data: PreparedData, base: st
         base_revision=recipe.base.revision,
         base_fingerprint=base,
         cache_config=cache_config(causal_lm_of(model).config),
-        prompt=prompt_fingerprint(data.renderer),
+        prompt=data.renderer.prompt_contract(),
         boundary=recipe.boundary,
         kv_dtype=recipe.base.dtype,
         method=recipe.method,
@@ -138,7 +125,7 @@ def run_training(loaded: LoadedRecipe, *, resume: bool = False) -> RunResult:
             f"{output} already holds {held[-1].name}; add --resume to go on, or name another "
             "training.output_dir"
         )
-    tokenizer, data = prepare_data(loaded)
+    data = prepare_data(loaded)
     model, base, fingerprint = build_models(recipe)
     stop = StopOnSignal()
     trainer = CacheConditionedTrainer(
@@ -148,7 +135,7 @@ def run_training(loaded: LoadedRecipe, *, resume: bool = False) -> RunResult:
         train_dataset=data.train,
         eval_dataset=data.eval or None,
         contract=make_contract(recipe, model, data, fingerprint),
-        processing_class=tokenizer,
+        processing_class=data.renderer.saved_tokenizer(),
         callbacks=[stop],
     )
     trainer.add_callback(ExactMatchCallback(trainer, data.eval_examples, data.renderer))
