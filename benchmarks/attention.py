@@ -1,8 +1,9 @@
-"""The CPU attention kernel beside SDPA: `python benchmarks/attention.py [--threads N]`.
+"""The CPU attention kernels beside SDPA: `python benchmarks/attention.py [--threads N]`.
 
-Interleaved in one process, medians of several rounds. Two shapes of a 135M model with four
-conversations: the base's causal prefill (forward only), and a decoder's response over the prompt
-cache (forward and backward).
+Interleaved in one process, medians of several rounds. Three shapes of a 135M model with four
+conversations: the base's causal prefill (forward only), a decoder's response over the prompt cache
+(forward and backward), and a decoding step of 16 rows, with and without the query heads of one K/V
+head folded into its queries.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -21,6 +23,7 @@ from prefillshare_train.core import kernels
 
 BATCH, HEADS, KV_HEADS, DIM = 4, 9, 3, 64
 PROMPT, RESPONSE = 512, 64
+STEP_ROWS = 16
 BLOCKS = (32, 64, 128, 256, 512)
 
 
@@ -56,6 +59,33 @@ def blocked(size: int) -> Callable[..., Tensor]:
     return route
 
 
+def decoding_step(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """One query a row over `PROMPT` tokens of K/V."""
+    query, key, value = (
+        torch.randn(STEP_ROWS, heads, length, DIM, dtype=dtype)
+        for heads, length in ((HEADS, 1), (KV_HEADS, PROMPT), (KV_HEADS, PROMPT))
+    )
+    mask = torch.ones(STEP_ROWS, 1, 1, PROMPT, dtype=torch.bool)
+    return {
+        "sdpa": lambda: torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, enable_gqa=True
+        ),
+        "folded": lambda: kernels.masked_attention(query, key, value, mask, DIM**-0.5),
+    }
+
+
+def medians(runs: dict[str, Callable[[], object]], rounds: int) -> list[str]:
+    """Milliseconds of each, as text."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 2):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if number >= 2:  # the first rounds warm up
+                times[name].append(time.perf_counter() - start)
+    return [f"{statistics.median(values) * 1e3:.1f}" for values in times.values()]
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -70,15 +100,17 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for name, make in (("prefill", prefill_case), ("response", response_case)):
             run = make(dtype)
-            times: dict[str, list[float]] = {route: [] for route in routes}
-            for number in range(options.rounds + 2):
-                for route, attend in routes.items():
-                    start = time.perf_counter()
-                    run(attend)
-                    if number >= 2:  # the first rounds warm up
-                        times[route].append(time.perf_counter() - start)
-            medians = [f"{statistics.median(values) * 1e3:.1f}" for values in times.values()]
-            table.add_row(f"{name} {str(dtype).removeprefix('torch.')}", *medians)
+            runs = {n: partial(run, attend) for n, attend in routes.items()}
+            table.add_row(
+                f"{name} {str(dtype).removeprefix('torch.')}", *medians(runs, options.rounds)
+            )
+    Console(width=110).print(table)
+    table = Table(title=f"a decoding step of {STEP_ROWS} rows, median ms")
+    for column in ("dtype", "sdpa, enable_gqa", "folded"):
+        table.add_column(column, justify="right")
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        table.add_row(name, *medians(decoding_step(dtype), options.rounds))
     Console(width=110).print(table)
 
 

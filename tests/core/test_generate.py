@@ -314,3 +314,71 @@ def test_positions_past_the_rope_limit_are_refused_before_any_work() -> None:
         generate(base, cache, rows, max_new_tokens=12, stop_ids=())
     with pytest.raises(ValueError, match="max_new_tokens must be 1 or more"):
         generate(base, cache, rows, max_new_tokens=0, stop_ids=())
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_oss"])
+def test_waiting_rows_take_the_places_of_ended_ones_and_answer_the_same(
+    family: str, batch_size: int
+) -> None:
+    model, rows = families.build(family, torch.float64), prompts() + prompts(seed=1)
+    cache = PrefillModule(model).prefill(cut(rows))
+    whole = generate(model, cache, rows, max_new_tokens=NEW, stop_ids=())
+    # Stop tokens that end rows at different steps, so that places fall free one by one.
+    stops = {answer[3 + 2 * n % 15] for n, answer in enumerate(whole)}
+    expected = generate(model, cache, rows, max_new_tokens=NEW, stop_ids=sorted(stops))
+    assert len({len(answer) for answer in expected}) > 2
+    running: set[int] = set()
+    most = 0
+
+    def on_token(row: int, token: int) -> None:
+        nonlocal most
+        running.add(row)
+        most = max(most, len(running))
+        if token in stops or len(expected[row]) == NEW:
+            running.discard(row)
+
+    found = generate(
+        model,
+        cache,
+        rows,
+        max_new_tokens=NEW,
+        stop_ids=sorted(stops),
+        batch_size=batch_size,
+        on_token=on_token,
+    )
+    assert found == expected
+    assert most <= batch_size
+
+
+def test_a_caller_can_end_rows_by_what_they_say() -> None:
+    model, rows = families.build("llama", torch.float64), prompts()
+    cache = PrefillModule(model).prefill(cut(rows))
+    whole = generate(model, cache, rows, max_new_tokens=NEW, stop_ids=())
+    found = generate(
+        model,
+        cache,
+        rows,
+        max_new_tokens=NEW,
+        stop_ids=(),
+        should_stop=lambda row, response: len(response) == row + 1,
+    )
+    assert found == [answer[: n + 1] for n, answer in enumerate(whole)]
+
+
+def test_processors_and_waiting_rows_are_refused_together() -> None:
+    model, rows = families.build("llama", torch.float32), prompts()
+    cache = PrefillModule(model).prefill(cut(rows))
+    processors = LogitsProcessorList([MinNewTokensLengthLogitsProcessor(1, 2, [0])])
+    with pytest.raises(ValueError, match="pass 2 prompts at a time"):
+        generate(
+            model,
+            cache,
+            rows,
+            max_new_tokens=2,
+            stop_ids=(),
+            processors=processors,
+            batch_size=2,
+        )
+    with pytest.raises(ValueError, match="batch_size must be 1 or more"):
+        generate(model, cache, rows, max_new_tokens=2, stop_ids=(), batch_size=0)

@@ -6,6 +6,7 @@ decoders can answer one prompt off one prefill, in any order.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,19 +47,36 @@ class _DecodeState:
         """Lay each row's shared prompt K/V and the decoder's own side by side, with `room` free."""
         lengths = [n + m for n, m in zip(cache.lengths, own.lengths, strict=True)]
         capacity = max(lengths) + room
-        joined = cache.to(own.dtype).extended(own)
-        starts = joined.starts
 
-        def spread(packed: Tensor) -> Tensor:
-            rows = packed.new_zeros((len(lengths), packed.shape[0], capacity, packed.shape[2]))
-            for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-                rows[row, :, :length] = packed[:, start : start + length]
+        def spread(shared: Tensor, mine: Tensor) -> Tensor:
+            rows = mine.new_zeros((len(lengths), mine.shape[0], capacity, mine.shape[2]))
+            spans = zip(cache.starts, cache.lengths, own.starts, own.lengths, strict=True)
+            for row, (start, length, own_start, own_length) in enumerate(spans):
+                end = length + own_length
+                rows[row, :, :length] = shared[:, start : start + length]
+                rows[row, :, length:end] = mine[:, own_start : own_start + own_length]
             return rows
 
         return cls(
-            [spread(k) for k in joined.keys],
-            [spread(v) for v in joined.values],
-            torch.tensor(lengths, device=joined.keys[0].device),
+            [spread(k, mine) for k, mine in zip(cache.keys, own.keys, strict=True)],
+            [spread(v, mine) for v, mine in zip(cache.values, own.values, strict=True)],
+            torch.tensor(lengths, device=own.keys[0].device),
+        )
+
+    def joined(self, new: _DecodeState) -> _DecodeState:
+        """These rows, then those of `new`, with the larger room."""
+        capacity = max(self.keys[0].shape[2], new.keys[0].shape[2])
+
+        def join(a: Tensor, b: Tensor) -> Tensor:
+            rows = a.new_zeros((a.shape[0] + b.shape[0], a.shape[1], capacity, a.shape[3]))
+            rows[: a.shape[0], :, : a.shape[2]] = a
+            rows[a.shape[0] :, :, : b.shape[2]] = b
+            return rows
+
+        return _DecodeState(
+            [join(a, b) for a, b in zip(self.keys, new.keys, strict=True)],
+            [join(a, b) for a, b in zip(self.values, new.values, strict=True)],
+            torch.cat([self.lengths, new.lengths]),
         )
 
     def keep(self, rows: Tensor) -> None:
@@ -108,6 +126,10 @@ class _DecodeState:
         return self._masks[window]
 
 
+def _take(waiting: deque[int], count: int) -> list[int]:
+    return [waiting.popleft() for _ in range(min(count, len(waiting)))]
+
+
 @torch.no_grad()
 def generate(
     decoder: nn.Module,
@@ -119,6 +141,8 @@ def generate(
     processors: LogitsProcessorList | None = None,
     sampler: torch.Generator | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    should_stop: Callable[[int, Sequence[int]], bool] | None = None,
+    batch_size: int | None = None,
 ) -> list[list[int]]:
     """Answer prompts off a shared prompt cache.
 
@@ -133,13 +157,25 @@ def generate(
             generated so far, left-padded with 0.
         sampler: draw from the distribution with this generator; greedy when None.
         on_token: called with (row, token id) for every token as it is generated.
+        should_stop: called with (row, response so far) after every token; True ends the response
+            (stop strings, for which text must be decoded).
+        batch_size: rows that decode at once; others wait, and take the place of rows that have
+            ended. All of them where None.
 
     Returns:
         The response token ids of each prompt.
 
     Raises:
-        ValueError: a prompt has no token left for the decoder, or sizes do not match.
+        ValueError: a prompt has no token left for the decoder, sizes do not match, or processors
+            (which see all rows at one length) are given with a `batch_size` that makes rows wait.
     """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, found {batch_size}")
+    if processors and batch_size is not None and batch_size < len(prompts):
+        raise ValueError(
+            f"processors see all rows at one response length: pass {batch_size} prompts at a time, "
+            "or leave batch_size out"
+        )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, found {max_new_tokens}")
     if len(prompts) != len(cache.lengths):
@@ -150,76 +186,92 @@ def generate(
                 f"prompt {row} has {len(ids)} tokens and the cache holds {held}; "
                 "the decoder must run the last one at least (see core.boundary)"
             )
-    causal_lm = causal_lm_of(decoder)
     with evaluating(decoder):
         return _Loop(
-            causal_lm, cache, prompts, max_new_tokens, stop_ids, processors, sampler, on_token
+            model=causal_lm_of(decoder),
+            cache=cache,
+            prompts=[list(ids) for ids in prompts],
+            max_new_tokens=max_new_tokens,
+            stop_ids=frozenset(stop_ids),
+            processors=processors,
+            sampler=sampler,
+            on_token=on_token,
+            should_stop=should_stop,
+            batch_size=batch_size or len(prompts),
         ).run()
 
 
+@dataclass
 class _Loop:
-    """One call of `generate`: pick a token a row, drop finished rows, step, repeat."""
+    """One call of `generate`: pick a token a row, drop finished rows, refill, step, repeat."""
 
-    def __init__(
-        self,
-        model: Any,
-        cache: PromptCache,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        stop_ids: Sequence[int],
-        processors: LogitsProcessorList | None,
-        sampler: torch.Generator | None,
-        on_token: Callable[[int, int], None] | None,
-    ) -> None:
-        self.model = model
-        self.cache = cache
-        self.prompts = [list(ids) for ids in prompts]
-        self.max_new_tokens = max_new_tokens
-        self.stop_ids = frozenset(stop_ids)
-        self.processors = processors
-        self.sampler = sampler
-        self.on_token = on_token
-        self.transform = LogitTransform.of(model.config)
-        self.responses: list[list[int]] = [[] for _ in prompts]
+    model: Any
+    cache: PromptCache
+    prompts: list[list[int]]
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    processors: LogitsProcessorList | None
+    sampler: torch.Generator | None
+    on_token: Callable[[int, int], None] | None
+    should_stop: Callable[[int, Sequence[int]], bool] | None
+    batch_size: int
 
     def run(self) -> list[list[int]]:
         longest = max(len(ids) for ids in self.prompts)
         check_positions(self.model.config, longest + self.max_new_tokens - 2)
-        hidden, state = self._run_boundary()
-        active = list(range(len(self.prompts)))
+        self.transform = LogitTransform.of(self.model.config)
+        self.responses: list[list[int]] = [[] for _ in self.prompts]
+        waiting = deque(range(len(self.prompts)))
+        active = _take(waiting, self.batch_size)
+        hidden, state = self._admit(active)
         while True:
             tokens = self._pick(hidden, active)
-            going = []
-            for slot, (row, token) in enumerate(zip(active, tokens, strict=True)):
-                self.responses[row].append(token)
-                if self.on_token is not None:
-                    self.on_token(row, token)
-                done = token in self.stop_ids or len(self.responses[row]) >= self.max_new_tokens
-                if not done:
-                    going.append(slot)
-            if not going:
-                return self.responses
+            going = [slot for slot, row in enumerate(active) if self._go_on(row, tokens[slot])]
             if len(going) < len(active):
-                keep = torch.tensor(going, device=hidden.device)
-                state.keep(keep)
+                state.keep(torch.tensor(going, device=hidden.device, dtype=torch.long))
                 active = [active[slot] for slot in going]
-            hidden = self._step(state, [self.responses[row][-1] for row in active])
+            if not active and not waiting:
+                return self.responses
+            parts = []
+            if active:
+                parts.append(self._step(state, [self.responses[row][-1] for row in active]))
+            free = self.batch_size - len(active)
+            # Joining copies the K/V of every row, so a few places are filled at once.
+            if waiting and free >= max(1, self.batch_size // 4):
+                new = _take(waiting, free)
+                part, fresh = self._admit(new)
+                state = state.joined(fresh) if active else fresh
+                active = [*active, *new]
+                parts.append(part)
+            hidden = torch.cat(parts)
 
-    def _run_boundary(self) -> tuple[Tensor, _DecodeState]:
-        """Run each prompt's last tokens on the decoder; its hidden state at the very last one."""
-        tails = [ids[held:] for ids, held in zip(self.prompts, self.cache.lengths, strict=True)]
+    def _go_on(self, row: int, token: int) -> bool:
+        """Keep a token; whether the row needs another."""
+        response = self.responses[row]
+        response.append(token)
+        if self.on_token is not None:
+            self.on_token(row, token)
+        if token in self.stop_ids or len(response) >= self.max_new_tokens:
+            return False
+        return self.should_stop is None or not self.should_stop(row, response)
+
+    def _admit(self, rows: list[int]) -> tuple[Tensor, _DecodeState]:
+        """Run the prompts' last tokens on the decoder; its hidden state at each one's very last."""
+        everything = rows == list(range(len(self.prompts)))
+        cache = self.cache if everything else self.cache.select(rows)
+        tails = [self.prompts[row][self.cache.lengths[row] :] for row in rows]
         segments = [
             Segment(len(tail), start, held)
-            for tail, start, held in zip(tails, self.cache.starts, self.cache.lengths, strict=True)
+            for tail, start, held in zip(tails, cache.starts, cache.lengths, strict=True)
         ]
         own = PromptCache(tuple(len(tail) for tail in tails))
-        job = AttentionJob(group_segments(segments), past=self.cache, record=own)
+        job = AttentionJob(group_segments(segments), past=cache, record=own)
         device = self.model.device
         row = torch.tensor([[i for tail in tails for i in tail]], device=device)
         positions = torch.tensor([positions_of(segments)], device=device)
         hidden = run_backbone(self.model, row, positions, job)[0]
         ends = torch.tensor(own.lengths, device=device).cumsum(0) - 1
-        return hidden[ends], _DecodeState.start(self.cache, own, self.max_new_tokens)
+        return hidden[ends], _DecodeState.start(cache, own, self.max_new_tokens)
 
     def _step(self, state: _DecodeState, tokens: list[int]) -> Tensor:
         """Run one token a row; hidden states (B, D)."""
@@ -231,7 +283,7 @@ class _Loop:
     def _pick(self, hidden: Tensor, active: list[int]) -> list[int]:
         """Next token of each active row, from hidden states (B, D)."""
         logits = self.transform(self.model.get_output_embeddings()(hidden)).float()
-        if self.processors:
+        if self.processors is not None:
             history: Any = self._history(active, hidden.device)
             logits = self.processors(history, logits)
         if self.sampler is None:

@@ -216,6 +216,8 @@ def masked_attention(
         mask = _sink_bias(query, key, mask, sinks)
         causal = False
         key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
+    if length == 1 and query.shape[1] != key.shape[1]:
+        return _one_query(query, key, value, mask, scaling, dropout)
     output = F.scaled_dot_product_attention(
         query,
         key,
@@ -227,6 +229,29 @@ def masked_attention(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return output.transpose(1, 2)
+
+
+def _one_query(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """A decoding step, with the query heads of one K/V head taken as its queries.
+
+    `enable_gqa` copies K and V out to every query head on CPU; benchmarks/attention.py has both.
+    """
+    batch, heads, _, width = query.shape
+    kv_heads = key.shape[1]
+    folded = query.view(batch, kv_heads, heads // kv_heads, width)
+    if mask is not None and mask.shape[1] == heads:
+        mask = mask.reshape(mask.shape[0], kv_heads, heads // kv_heads, -1)
+    output = F.scaled_dot_product_attention(
+        folded, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+    )
+    return output.reshape(batch, 1, heads, width)
 
 
 def _sink_bias(query: Tensor, key: Tensor, mask: Tensor | None, sinks: Tensor) -> Tensor:

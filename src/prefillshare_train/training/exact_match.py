@@ -17,6 +17,8 @@ from prefillshare_train.core.modules import PrefillModule, causal_lm_of, empty_c
 from prefillshare_train.core.prompt_cache import PromptCache
 from prefillshare_train.data import EvalExample, Renderer, is_correct
 
+_BATCHES_A_PREFILL = 4
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -49,9 +51,11 @@ def answer_examples(
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
     answers: dict[int, Answer] = {}
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    for batch in tqdm(batches, desc=description, unit="batch", leave=False):
-        chosen = [examples[i] for i in batch]
+    # A few batches' prompts are prefilled at once, so that ended answers make room for others.
+    lump = _BATCHES_A_PREFILL * batch_size
+    groups = [order[i : i + lump] for i in range(0, len(order), lump)]
+    for group in tqdm(groups, desc=description, unit="prefill", leave=False):
+        chosen = [examples[i] for i in group]
         prompts = [e.prompt_ids for e in chosen]
         cache = shared_cache(prefill, decoder, chosen, rule)
         responses = generate(
@@ -60,8 +64,9 @@ def answer_examples(
             prompts,
             max_new_tokens=max_new_tokens,
             stop_ids=renderer.end_token_ids,
+            batch_size=batch_size,
         )
-        for index, example, ids in zip(batch, chosen, responses, strict=True):
+        for index, example, ids in zip(group, chosen, responses, strict=True):
             text = renderer.decode(ids, skip_special_tokens=True)
             verdict = is_correct(text, example.message, example.row.scoring)
             answers[index] = Answer(text, example.reference, verdict)
