@@ -6,7 +6,7 @@ from prefillshare_train.data.errors import DataError, RowError, SeamError
 from prefillshare_train.data.pipeline import EvalExample, PreparedData, build_dataset, renderer_of
 from prefillshare_train.data.rendering import Renderer, make_renderer
 from prefillshare_train.data.report import DataReport
-from prefillshare_train.data.rows import Row
+from prefillshare_train.data.rows import Message, Row, Tool
 from prefillshare_train.data.saved_renderer import saved_renderer
 
 __all__ = [
@@ -14,12 +14,14 @@ __all__ = [
     "DataError",
     "DataReport",
     "EvalExample",
+    "Message",
     "PreparedData",
     "Renderer",
     "Row",
     "RowError",
     "SeamError",
     "SourceConfig",
+    "Tool",
     "build_dataset",
     "is_correct",
     "make_renderer",

@@ -1,0 +1,1 @@
+"""Decoders on the field's own harnesses, generating as they are served."""
