@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +18,8 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from prefillshare_train.data.errors import DataError
-from prefillshare_train.data.readers import resolve_path
 from prefillshare_train.data.rows import Message, Tool
+from prefillshare_train.data.template_files import load_template, packaged_templates
 
 Kind = Literal["tokenizer", "chat_template", "prompt_template"]
 _PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
@@ -131,6 +130,26 @@ class Renderer:
         """The prompt of the next assistant turn, system prompt included, as it was trained."""
         return self.ids(self.with_system_prompt(messages), tools, add_generation_prompt=True)
 
+    def header_length(self, bare: str, prompt: str, prompt_ids: Sequence[int]) -> int:
+        """Tokens of the generation prompt at a prompt's end.
+
+        Args:
+            bare: the text without the generation prompt.
+            prompt: the text with it (and with what a response is made to begin with).
+            prompt_ids: `prompt`, encoded.
+
+        Returns:
+            The count; 0 where there is no generation prompt or it merges with what precedes.
+        """
+        if len(prompt) == len(bare) or not prompt.startswith(bare):
+            return 0
+        alone = self.encode([prompt[len(bare) :]])[0]
+        ids = list(prompt_ids)
+        if 0 < len(alone) <= len(ids) and ids[-len(alone) :] == alone:
+            return len(alone)
+        before = self.encode([bare])[0]
+        return len(ids) - len(before) if ids[: len(before)] == before else 0
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of token ids, spaces left as they are."""
         text = self.tokenizer.decode(
@@ -203,7 +222,7 @@ def make_renderer(
     template: str | dict[str, str]
     if prompt_template is not None:
         kind: Kind = "prompt_template"
-        name, template = _load("prompt", prompt_template, base_dir)
+        name, template = load_template("prompt", prompt_template, base_dir)
         template = _with_bos(template, tokenizer)
         if tokenizer.eos_token is None:
             raise DataError(
@@ -212,7 +231,7 @@ def make_renderer(
             )
     elif chat_template is not None:
         kind = "chat_template"
-        name, template = _load("chat", chat_template, base_dir)
+        name, template = load_template("chat", chat_template, base_dir)
     elif tokenizer.chat_template:
         kind, name, template = "tokenizer", "default", tokenizer.chat_template
     else:
@@ -236,16 +255,6 @@ def make_renderer(
     )
 
 
-def packaged_templates(kind: Literal["chat", "prompt"]) -> list[str]:
-    """Names of the templates that come with this package."""
-    folder = resources.files(__package__) / "templates" / kind
-    return sorted(
-        file.name.removesuffix(".jinja")
-        for file in folder.iterdir()
-        if file.name.endswith(".jinja")
-    )
-
-
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of all that decides which ids a text gets.
 
@@ -263,20 +272,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     special.pop("pad_token", None)
     parts = [state, special]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _load(kind: Literal["chat", "prompt"], given: str, base_dir: Path) -> tuple[str, str]:
-    names = packaged_templates(kind)
-    if given in names:
-        file = resources.files(__package__) / "templates" / kind / f"{given}.jinja"
-        return given, file.read_text(encoding="utf-8")
-    path = resolve_path(given, base_dir)
-    if path is None or not path.is_file():
-        raise DataError(
-            f"data.{kind}_template: {given} is neither a file nor a packaged template. "
-            f"Packaged are: {', '.join(names)}"
-        )
-    return path.name, path.read_text(encoding="utf-8")
 
 
 def _with_bos(template: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -85,7 +85,6 @@ class RowTokenizer:
         self._max_length = max_length
         self._train_on = train_on
         self._ends = frozenset(renderer.end_token_ids)
-        self._headers: dict[str, list[int]] = {}
         self._blank: dict[int, bool] = {}
         # Python makes a new object of every larger int; conversations share these instead.
         # Vocabularies may have holes, so that the highest id is not their size.
@@ -219,7 +218,7 @@ class RowTokenizer:
             return None
         if not self._ends.isdisjoint(answer):
             notes.append("end_token_inside_response")
-        header = self._header_length(text, prompt)
+        header = self._renderer.header_length(text.bare, text.prompt, prompt)
         return _TurnIds(text.message, full, Turn(len(prompt), end, header), notes)
 
     def _response_end(self, full: list[int], prompt_length: int) -> tuple[int, bool]:
@@ -240,19 +239,6 @@ class RowTokenizer:
         if blank is None:
             blank = self._blank[token] = not self._renderer.decode([token]).strip()
         return blank
-
-    def _header_length(self, text: _TurnText, prompt: list[int]) -> int:
-        """Tokens of the generation prompt; 0 where it is empty or merges with what precedes."""
-        if len(text.prompt) == len(text.bare) or not text.prompt.startswith(text.bare):
-            return 0
-        header = text.prompt[len(text.bare) :]
-        if header not in self._headers:
-            self._headers[header] = self._renderer.encode([header])[0]
-        alone = self._headers[header]
-        if 0 < len(alone) <= len(prompt) and prompt[-len(alone) :] == alone:
-            return len(alone)
-        bare = self._renderer.encode([text.bare])[0]
-        return len(prompt) - len(bare) if prompt[: len(bare)] == bare else 0
 
     def _seam_error(self, row: Row, prompt: list[int], full: list[int]) -> SeamError:
         same = 0
