@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from prefillshare_train.cli import demo, held_out, inspect, train
+from prefillshare_train.cli import compare, demo, held_out, inspect, train
 
 app = typer.Typer(
     name="prefillshare",
@@ -15,6 +15,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("inspect")(inspect.inspect)
 app.command("held-out")(held_out.held_out)
+app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 
 

@@ -1,0 +1,156 @@
+"""Answers of several decoders to the same prompts, each prompt prefilled by the base once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from prefillshare_train.core.generate import generate
+from prefillshare_train.core.modules import PrefillModule, causal_lm_of, empty_cache
+from prefillshare_train.core.prompt_cache import PromptCache
+from prefillshare_train.data import Renderer
+from prefillshare_train.evaluation.contestants import Contestants
+from prefillshare_train.evaluation.prompts import Prompt
+from prefillshare_train.evaluation.variants import Variant
+
+# Tokens decoded to look for a stop string: older ones were looked at when they came.
+_STOP_WINDOW = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One answer.
+
+    Attributes:
+        output: text up to the first stop string, special tokens left out.
+        tokens: response tokens generated, the stop token included.
+        base_tokens: prompt tokens that the base ran for this variant.
+        seconds: wall time of this variant's generation, its share of the group's.
+        prefill_seconds: the same of the base's prefill, which all variants of a prompt share.
+    """
+
+    variant: Variant
+    prompt: Prompt
+    output: str
+    tokens: int
+    base_tokens: int
+    seconds: float
+    prefill_seconds: float
+
+
+def answer(
+    contestants: Contestants,
+    wanted: Sequence[tuple[Prompt, Sequence[Variant]]],
+    *,
+    batch_size: int,
+    prefill_tokens: int,
+    progress: Callable[[], None] = lambda: None,
+) -> Iterator[list[Answered]]:
+    """Greedy answers, a group of prompts of similar length at a time.
+
+    Args:
+        wanted: prompts, each with the variants that still have to answer it.
+        batch_size: answers that decode at once.
+        prefill_tokens: prompt tokens of a group, so that its K/V fit into memory.
+        progress: called once an answer.
+    """
+    ordered = sorted(wanted, key=lambda pair: len(pair[0].ids))
+    for group in _groups(ordered, prefill_tokens, batch_size):
+        yield from _answer_group(contestants, group, batch_size, progress)
+
+
+def _groups(
+    ordered: Sequence[tuple[Prompt, Sequence[Variant]]], tokens: int, batch_size: int
+) -> Iterator[list[tuple[Prompt, Sequence[Variant]]]]:
+    """Prompts in order; a group is cut where it is full, but not below one batch."""
+    group: list[tuple[Prompt, Sequence[Variant]]] = []
+    total = 0
+    for pair in ordered:
+        length = len(pair[0].ids)
+        if group and total + length > tokens and len(group) >= batch_size:
+            yield group
+            group, total = [], 0
+        group.append(pair)
+        total += length
+    if group:
+        yield group
+
+
+def _answer_group(
+    contestants: Contestants,
+    group: Sequence[tuple[Prompt, Sequence[Variant]]],
+    batch_size: int,
+    progress: Callable[[], None],
+) -> Iterator[list[Answered]]:
+    prompts = [prompt for prompt, _ in group]
+    cuts = [
+        {v: v.base_length(len(p.ids), p.header_length) for v in variants} for p, variants in group
+    ]
+    start = time.perf_counter()
+    cache = contestants.prefill.prefill(
+        [p.ids[: max(cut.values())] for p, cut in zip(prompts, cuts, strict=True)]
+    )
+    prefill_seconds = (time.perf_counter() - start) / len(group)
+    variants = dict.fromkeys(v for _, found in group for v in found)
+    for variant in variants:
+        rows = [i for i, (_, found) in enumerate(group) if variant in found]
+        chosen = [prompts[i] for i in rows]
+        lengths = [cuts[i][variant] for i in rows]
+        start = time.perf_counter()
+        with contestants.running(variant.decoder) as decoder:
+            own = _cache_for(contestants.prefill, cache, rows, lengths)
+            stopper = Stopper(contestants.renderer, chosen)
+            responses = generate(
+                decoder,
+                own,
+                [p.ids for p in chosen],
+                max_new_tokens=max(p.item.max_new_tokens for p in chosen),
+                stop_ids=contestants.renderer.end_token_ids,
+                should_stop=stopper,
+                batch_size=batch_size,
+            )
+        seconds = (time.perf_counter() - start) / len(rows)
+        answers = []
+        for row, (prompt, ids) in enumerate(zip(chosen, responses, strict=True)):
+            text = contestants.renderer.decode(ids, skip_special_tokens=True)
+            text = cut_at(text, prompt.item.stop)
+            answers.append(
+                Answered(variant, prompt, text, len(ids), lengths[row], seconds, prefill_seconds)
+            )
+            progress()
+        yield answers
+
+
+def _cache_for(
+    prefill: PrefillModule, cache: PromptCache, rows: Sequence[int], lengths: Sequence[int]
+) -> PromptCache:
+    if not any(lengths):
+        return empty_cache((0,) * len(rows), causal_lm_of(prefill.model))
+    if tuple(rows) == tuple(range(len(cache.lengths))) and tuple(lengths) == cache.lengths:
+        return cache
+    return cache.select(rows, lengths)
+
+
+class Stopper:
+    """Whether a row has reached one of its stop strings, or its own longest answer."""
+
+    def __init__(self, renderer: Renderer, prompts: Sequence[Prompt]) -> None:
+        self._renderer = renderer
+        self._items = [prompt.item for prompt in prompts]
+
+    def __call__(self, row: int, ids: Sequence[int]) -> bool:
+        item = self._items[row]
+        if len(ids) >= item.max_new_tokens:
+            return True
+        if not item.stop:
+            return False
+        window = max(_STOP_WINDOW, *(len(stop) for stop in item.stop))
+        text = self._renderer.decode(ids[-window:], skip_special_tokens=True)
+        return any(stop in text for stop in item.stop)
+
+
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop string in it."""
+    ends = [found for stop in stops if (found := text.find(stop)) >= 0]
+    return text[: min(ends)] if ends else text

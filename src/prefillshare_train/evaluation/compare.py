@@ -1,0 +1,127 @@
+"""Finished evaluations as one table: scores with intervals, and paired tests on the same items."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefillshare_train.evaluation.records import Record
+from prefillshare_train.evaluation.statistics import Paired, mcnemar
+from prefillshare_train.evaluation.task import EvaluationError
+
+LABELS = ("base", "Full-FT", "naive", "PrefillShare")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row of a summary, and its verdicts by item and prompt."""
+
+    row: Record
+    verdicts: dict[tuple[str, str], bool]
+
+    @property
+    def task(self) -> str:
+        """The benchmark."""
+        return str(self.row["task"])
+
+    @property
+    def name(self) -> str:
+        """As the table calls it."""
+        ratio = self.row["sharing_ratio"]
+        label = str(self.row["label"])
+        if self.row["boundary"] and str(self.row["boundary"]).startswith("ratio:"):
+            label = f"{label} at ratio {ratio:g}"
+        return label if self.row["label"] == "base" else f"{label} ({self.row['decoder']})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that the table and the plots show.
+
+    Attributes:
+        results: in the table's order.
+        paired: for each pair compared, its task, both names and the test.
+        notes: what a reader must know.
+    """
+
+    results: list[Result]
+    paired: list[tuple[str, str, str, Paired]]
+    notes: list[str]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Benchmarks, in order."""
+        return list(dict.fromkeys(result.task for result in self.results))
+
+    @property
+    def names(self) -> list[str]:
+        """Rows of the table, in order."""
+        return list(dict.fromkeys(result.name for result in self.results))
+
+    def cell(self, name: str, task: str) -> Result | None:
+        """One score."""
+        return next((r for r in self.results if (r.name, r.task) == (name, task)), None)
+
+
+def compare(runs: Sequence[Path]) -> Comparison:
+    """Read finished evaluations.
+
+    Every conditioned decoder, naive sharing and full fine-tuning is tested against the others of
+    the same task that answered the same prompts: PrefillShare against Full-FT, naive and base, and
+    Full-FT against base.
+
+    Raises:
+        EvaluationError: a folder has no summary, or two results have one name in one task.
+    """
+    results: list[Result] = []
+    notes: dict[str, None] = {}
+    for run in runs:
+        path = run / "summary.json"
+        if not path.is_file():
+            raise EvaluationError(f"{run} has no summary.json: it is not a finished evaluation")
+        summary: dict[str, Any] = json.loads(path.read_text())
+        for row in summary["results"]:
+            result = Result(row, _verdicts(run, row))
+            same = [r for r in results if (r.name, r.task) == (result.name, result.task)]
+            if same and same[0].verdicts != result.verdicts:
+                raise EvaluationError(
+                    f"{run}: {result.name} has another {result.task} result in another run; "
+                    "evaluate it under another name (--decoder name=DIR)"
+                )
+            if not same:
+                results.append(result)
+            if row["contract_mismatch"]:
+                notes[f"{result.name}: its contract does not fit. {row['contract_mismatch']}"] = (
+                    None
+                )
+        for name, task in summary["tasks"].items():
+            notes |= {f"{name}: {note}": None for note in task["notes"]}
+    results.sort(key=lambda r: (LABELS.index(r.row["label"]), r.row["decoder"]))
+    return Comparison(results, _paired(results), list(notes))
+
+
+def _verdicts(run: Path, row: Record) -> dict[tuple[str, str], bool]:
+    path = run / "items" / row["task"] / f"{row['variant']}.jsonl"
+    if not path.is_file():
+        raise EvaluationError(f"{path} is missing: its verdicts are needed for paired tests")
+    records = map(json.loads, path.read_text().splitlines())
+    return {(r["item_id"], r["prompt_sha256"]): bool(r["correct"]) for r in records}
+
+
+def _paired(results: Sequence[Result]) -> list[tuple[str, str, str, Paired]]:
+    found = []
+    for second in results:
+        for first in results:
+            worth = LABELS.index(first.row["label"]) < LABELS.index(second.row["label"])
+            if first.task != second.task or not worth or second.row["label"] == "naive":
+                continue
+            shared = [key for key in first.verdicts if key in second.verdicts]
+            if shared:
+                test = mcnemar(
+                    [first.verdicts[k] for k in shared], [second.verdicts[k] for k in shared]
+                )
+                found.append((second.task, first.name, second.name, test))
+    return found

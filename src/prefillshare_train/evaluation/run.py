@@ -1,0 +1,218 @@
+"""One evaluation: answer what is not answered yet, judge what is not judged yet, sum up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from prefillshare_train.evaluation.answering import Answered, answer
+from prefillshare_train.evaluation.contestants import Contestants
+from prefillshare_train.evaluation.prompts import Prompt, render
+from prefillshare_train.evaluation.records import Record, RunFolder, write_json
+from prefillshare_train.evaluation.statistics import wilson
+from prefillshare_train.evaluation.task import EvalItem, Task
+from prefillshare_train.evaluation.variants import Variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much is evaluated, and at once.
+
+    Attributes:
+        items: the first so many items of each task; None for all.
+        batch_size: answers that decode at once.
+        prefill_tokens: prompt tokens whose K/V are held at once.
+    """
+
+    items: int | None = None
+    batch_size: int = 16
+    prefill_tokens: int = 32768
+
+
+def evaluate(
+    contestants: Contestants,
+    variants: Sequence[Variant],
+    tasks: Sequence[Task],
+    out: Path,
+    limits: Limits,
+) -> Path:
+    """Run or go on with an evaluation.
+
+    Items and prompts of all tasks are made before the first answer, so that what is wrong with any
+    is told at once.
+
+    Returns:
+        `summary.json` in `out`.
+
+    Raises:
+        EvaluationError: data is missing, or `out` holds an evaluation of something else.
+    """
+    folder = RunFolder(out)
+    folder.claim("base", _identity(contestants))
+    for variant in variants:
+        identity = {"sha256": variant.decoder.identity, "boundary": str(variant.rule)}
+        folder.claim(f"variant {variant.key}", identity)
+    prompts = {}
+    for task in tasks:
+        items = task.items()[: limits.items]
+        prompts[task.name] = render(items, contestants.renderer, contestants.position_count)
+        folder.claim(f"task {task.name}", task.settings)
+    rows = []
+    saved = {}
+    for task in tasks:
+        _answer(contestants, variants, task, prompts[task.name], folder, limits)
+        rows += _judge(variants, task, prompts[task.name], folder)
+        saved[task.name] = _prefill_saving(folder.outputs(task.name))
+        write_json(out / "summary.json", _summary(contestants, tasks, limits, rows, saved))
+    return out / "summary.json"
+
+
+def _answer(
+    contestants: Contestants,
+    variants: Sequence[Variant],
+    task: Task,
+    prompts: Sequence[Prompt],
+    folder: RunFolder,
+    limits: Limits,
+) -> None:
+    done = {(record["variant"], record["item_id"]) for record in folder.outputs(task.name)}
+    wanted = [
+        (prompt, left)
+        for prompt in prompts
+        if (left := [v for v in variants if (v.key, prompt.item.item_id) not in done])
+    ]
+    total = len(variants) * len(prompts)
+    missing = sum(len(left) for _, left in wanted)
+    with tqdm(total=total, initial=total - missing, desc=task.name, unit="answer") as bar:
+        for answers in answer(
+            contestants,
+            wanted,
+            batch_size=limits.batch_size,
+            prefill_tokens=limits.prefill_tokens,
+            progress=lambda: _tick(bar),
+        ):
+            folder.add_outputs(task.name, map(_record, answers))
+
+
+def _tick(bar: tqdm[Any]) -> None:
+    bar.update()
+
+
+def _record(answered: Answered) -> Record:
+    return {
+        "variant": answered.variant.key,
+        "item_id": answered.prompt.item.item_id,
+        "prompt_sha256": answered.prompt.sha256,
+        "prompt_tokens": len(answered.prompt.ids),
+        "base_tokens": answered.base_tokens,
+        "output": answered.output,
+        "output_tokens": answered.tokens,
+        "seconds": round(answered.seconds, 4),
+        "prefill_seconds": round(answered.prefill_seconds, 4),
+    }
+
+
+def _judge(
+    variants: Sequence[Variant], task: Task, prompts: Sequence[Prompt], folder: RunFolder
+) -> list[Record]:
+    """Verdicts on every answer, and a row of the summary for each variant."""
+    outputs = {(r["variant"], r["item_id"]): r for r in folder.outputs(task.name)}
+    rows = []
+    with tqdm(total=len(variants) * len(prompts), desc=f"judging {task.name}") as bar:
+        for variant in variants:
+            known = folder.verdicts(task.name, variant.key)
+            bar.update(sum(p.item.item_id in known for p in prompts))
+            left: list[EvalItem] = [p.item for p in prompts if p.item.item_id not in known]
+            if left:
+                records = [outputs[variant.key, item.item_id] for item in left]
+                verdicts = task.judge(left, [r["output"] for r in records], lambda: _tick(bar))
+                for item, record, verdict in zip(left, records, verdicts, strict=True):
+                    known[item.item_id] = {
+                        **record,
+                        "extracted": verdict.extracted,
+                        "correct": verdict.correct,
+                        "detail": verdict.detail,
+                    }
+                folder.write_verdicts(task.name, variant.key, known.values())
+            rows.append(_row(task, variant, [known[p.item.item_id] for p in prompts]))
+    return rows
+
+
+def _row(task: Task, variant: Variant, judged: Sequence[Record]) -> Record:
+    right, count = sum(r["correct"] for r in judged), len(judged)
+    return {
+        "task": task.name,
+        "decoder": variant.decoder.name,
+        "label": variant.label,
+        "method": variant.decoder.method,
+        "adapter": variant.decoder.adapter,
+        "decoder_sha256": variant.decoder.identity,
+        "prefill": variant.prefill,
+        "boundary": str(variant.rule) if variant.rule else None,
+        "sharing_ratio": variant.sharing_ratio,
+        "variant": variant.key,
+        "n": count,
+        "correct": right,
+        "score": right / count,
+        "ci95": list(wilson(right, count)),
+        "output_tokens": sum(r["output_tokens"] for r in judged),
+        "decode_seconds": round(sum(r["seconds"] for r in judged), 2),
+        "contract_mismatch": variant.decoder.mismatch,
+    }
+
+
+def _prefill_saving(outputs: Sequence[Record]) -> Record:
+    """Prompt tokens that the base ran, and would have run decoder by decoder."""
+    ran: dict[str, int] = {}
+    for record in outputs:
+        ran[record["item_id"]] = max(ran.get(record["item_id"], 0), record["base_tokens"])
+    apart = sum(record["base_tokens"] for record in outputs)
+    together = sum(ran.values())
+    seconds = {record["item_id"]: record["prefill_seconds"] for record in outputs}
+    return {
+        "base_tokens": together,
+        "base_tokens_if_apart": apart,
+        "saved_share": 1 - together / apart if apart else 0.0,
+        "prefill_seconds": round(sum(seconds.values()), 2),
+    }
+
+
+def _identity(contestants: Contestants) -> Record:
+    """What must be the same for answers to belong together; decoders are added one by one."""
+    return {
+        "base_fingerprint": contestants.base_fingerprint,
+        "prompt": contestants.renderer.prompt_contract(),
+        "dtype": str(contestants.dtype).removeprefix("torch."),
+    }
+
+
+def _summary(
+    contestants: Contestants,
+    tasks: Sequence[Task],
+    limits: Limits,
+    rows: Sequence[Record],
+    saved: Record,
+) -> dict[str, Any]:
+    packages = ("torch", "transformers", "peft", "prefillshare-train")
+    return {
+        "results": list(rows),
+        "shared_prefill": saved,
+        "tasks": {t.name: {"settings": t.settings, "notes": list(t.notes)} for t in tasks},
+        "run": _identity(contestants),
+        "decoding": {
+            "strategy": "greedy",
+            "seed": None,
+            "batch_size": limits.batch_size,
+            "end_token_ids": list(contestants.renderer.end_token_ids),
+        },
+        "items": limits.items,
+        "device": str(contestants.prefill.device),
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in packages},
+    }

@@ -1,0 +1,173 @@
+"""Tables, intervals, paired tests and plots of finished evaluations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from prefillshare_train.cli.main import app
+from prefillshare_train.evaluation.compare import compare
+from prefillshare_train.evaluation.plots import plot_sharing
+from prefillshare_train.evaluation.statistics import mcnemar, wilson
+from prefillshare_train.evaluation.tables import html, markdown
+from prefillshare_train.evaluation.task import EvaluationError
+
+
+def row(label: str, variant: str, **options: Any) -> dict[str, Any]:
+    return {
+        "task": "sums",
+        "decoder": variant.partition("--")[0],
+        "label": label,
+        "prefill": "base",
+        "boundary": "last_token",
+        "sharing_ratio": 1.0,
+        "variant": variant,
+        "contract_mismatch": "",
+        **options,
+    }
+
+
+def write_run(
+    folder: Path, rows: list[tuple[dict[str, Any], str]], notes: tuple[str, ...] = ()
+) -> Path:
+    """A run whose rows have these verdicts: `1` right, `0` wrong, item by item."""
+    results = []
+    for entry, verdicts in rows:
+        path = folder / "items" / entry["task"] / f"{entry['variant']}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        items = [
+            {"item_id": str(n), "prompt_sha256": "p", "correct": v == "1"}
+            for n, v in enumerate(verdicts)
+        ]
+        path.write_text("".join(json.dumps(item) + "\n" for item in items))
+        right = verdicts.count("1")
+        figures = {"n": len(verdicts), "score": right / len(verdicts)}
+        results.append({**entry, **figures, "ci95": list(wilson(right, len(verdicts)))})
+    tasks = {entry["task"]: {"notes": list(notes)} for entry, _ in rows}
+    (folder / "summary.json").write_text(json.dumps({"results": results, "tasks": tasks}))
+    return folder
+
+
+def test_mcnemar_counts_what_changed() -> None:
+    first = [True, True, False, False, False, False, False, False]
+    second = [True, False, True, True, True, True, True, True]
+    test = mcnemar(first, second)
+    assert (test.n, test.gained, test.lost) == (8, 6, 1)
+    assert test.difference == 5 / 8
+    # Two-sided sign test of 6 out of 7: 2 * (C(7,6) + C(7,7)) / 2**7.
+    assert test.p_value == pytest.approx(16 / 128)
+    assert mcnemar([True], [True]).p_value == 1
+
+
+def test_wilson_by_the_formula() -> None:
+    right, count, z = 7, 20, 1.959963984540054
+    share = right / count
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = (
+        z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
+    )
+    assert wilson(right, count) == pytest.approx((centre - half, centre + half))
+    assert wilson(0, 5)[0] == 0
+
+
+def test_the_table_holds_every_score_and_the_pairs_that_matter(tmp_path: Path) -> None:
+    first = write_run(
+        tmp_path / "a",
+        [
+            (row("PrefillShare", "ours--last_token"), "1111000"),
+            (row("base", "base--self", boundary=None, prefill="self"), "0000000"),
+        ],
+        notes=("Item 3 cannot be solved.",),
+    )
+    second = write_run(
+        tmp_path / "b",
+        [
+            (row("naive", "sft--last_token"), "1000000"),
+            (row("Full-FT", "sft--self", boundary=None, prefill="self"), "1110000"),
+        ],
+    )
+    comparison = compare([first, second])
+    assert comparison.names == ["base", "Full-FT (sft)", "naive (sft)", "PrefillShare (ours)"]
+    text = markdown(comparison)
+    assert "| PrefillShare (ours) | 57.1 [" in text
+    assert "n=7" in text
+    assert "Item 3 cannot be solved." in text
+    pairs = {(a, b): (t.gained, t.lost) for _, a, b, t in comparison.paired}
+    assert pairs == {
+        ("base", "Full-FT (sft)"): (3, 0),
+        ("base", "PrefillShare (ours)"): (4, 0),
+        ("Full-FT (sft)", "PrefillShare (ours)"): (1, 0),
+        ("naive (sft)", "PrefillShare (ours)"): (3, 0),
+    }
+
+
+def test_only_items_with_the_same_prompt_are_paired(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a", [(row("base", "base--self", boundary=None), "00")])
+    second = write_run(tmp_path / "b", [(row("PrefillShare", "ours--last_token"), "11")])
+    path = second / "items" / "sums" / "ours--last_token.jsonl"
+    path.write_text(path.read_text().replace('"p"', '"q"', 1))
+    ((_, _, _, test),) = compare([first, second]).paired
+    assert test.n == 1
+
+
+def test_a_decoder_that_does_not_fit_is_marked_wherever_it_stands(tmp_path: Path) -> None:
+    entry = row("PrefillShare", "ours--last_token", contract_mismatch="base fingerprint: a, b")
+    comparison = compare([write_run(tmp_path, [(entry, "10")])])
+    for text in (markdown(comparison), html(comparison, [])):
+        assert "(contract does not fit)" in text
+        assert "base fingerprint: a, b" in text
+
+
+def test_two_results_under_one_name_are_refused(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / name, [(row("PrefillShare", "ours--last_token"), verdicts)])
+        for name, verdicts in (("a", "10"), ("b", "01"))
+    ]
+    with pytest.raises(EvaluationError, match="another sums result in another run"):
+        compare(runs)
+    assert len(compare([runs[0], runs[0]]).results) == 1
+    with pytest.raises(EvaluationError, match=r"no summary\.json"):
+        compare([tmp_path / "nothing"])
+
+
+def test_names_are_escaped_in_html(tmp_path: Path) -> None:
+    entry = row("PrefillShare", "x--last_token", decoder="<script>")
+    page = html(compare([write_run(tmp_path, [(entry, "1")])]), [])
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_the_command_writes_table_page_and_plots(tmp_path: Path) -> None:
+    ratios = [
+        (
+            row(
+                "naive" if r else "Full-FT",
+                f"sft--ratio_{r}",
+                boundary=f"ratio:{r}" if r else None,
+                sharing_ratio=float(r),
+            ),
+            verdicts,
+        )
+        for r, verdicts in ((0, "111"), (0.5, "110"), (1, "000"))
+    ]
+    run = write_run(tmp_path / "run", ratios)
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["compare", str(run), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "naive at ratio 0.5 (sft)" in result.output
+    for name in ("scores", "sharing_ratio"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (out / f"{name}.svg").read_text()
+    assert 'src="sharing_ratio.svg"' in (out / "comparison.html").read_text()
+    assert (out / "comparison.md").read_text() in result.output
+    assert not plot_sharing(compare([write_run(tmp_path / "one", ratios[:1])]), out)
+
+
+def test_the_command_tells_a_users_error_in_one_line(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["compare", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "no summary.json" in result.output
