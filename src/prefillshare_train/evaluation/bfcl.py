@@ -70,11 +70,11 @@ class BfclTask:
         self.name = f"bfcl_{category}"
         self._category = category
         self._style = style
-        self._environment = ensure_environment(env_dir)
-        official = self._environment.data
-        files = _files(official if data_dir is None else data_dir, category)
+        # A wrong path is found before anything is installed.
+        files = _files(data_dir or ensure_environment(env_dir).data, category)
         entries, answers = (_read(file) for file in files)
         _check(entries, answers, files)
+        self._environment = ensure_environment(env_dir)
         prepared = prepare(self._environment, entries, style)
         self._items = [
             EvalItem(
@@ -87,7 +87,8 @@ class BfclTask:
             for entry, answer, prompt in zip(entries, answers, prepared.prompts, strict=True)
         ]
         hashes = [_sha256(file) for file in files]
-        is_official = hashes == [_sha256(file) for file in _files(official, category)]
+        official = _files(self._environment.data, category)
+        is_official = hashes == [_sha256(file) for file in official]
         self.settings: dict[str, Any] = {
             "harness": "bfcl-eval",
             "version": VERSION,
