@@ -19,10 +19,8 @@ SPEC = {
 }
 
 
-def load(path: Path, *, seed: int = 0, columns: Any = None, **source: Any) -> LoadedRows:
-    return load_rows(
-        SourceConfig(source=str(path), **source), base_dir=path.parent, seed=seed, columns=columns
-    )
+def load(path: Path, *, seed: int = 0, **source: Any) -> LoadedRows:
+    return load_rows(SourceConfig(source=str(path), **source), base_dir=path.parent, seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +110,7 @@ def test_columns_are_renamed_before_the_format_is_decided(tmp_path: Path) -> Non
     loaded = load(path, columns={"prompt": "q", "completion": "a"})
     assert loaded.format == "prompt_completion"
     assert loaded.rows[0].messages == chat("a", "b")
-    with pytest.raises(DataError, match=r"data.columns names 'x'; found 'q', 'a', 'answer'"):
+    with pytest.raises(DataError, match=r"columns names 'x'; found 'q', 'a', 'answer'"):
         load(path, columns={"prompt": "x"})
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.core import families
 from tests.training import tiny
 
 from prefillshare_train.core.boundary import BoundaryRule
@@ -189,3 +190,52 @@ def test_reentrant_checkpointing_and_label_smoothing_are_refused(tmp_path: Path)
         tiny.arguments(tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="neither"):
         tiny.arguments(tmp_path, method="sft")
+
+
+def test_tensorboard_gets_what_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs the extra"
+    )
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1}
+    trainer = tiny.full_trainer(tmp_path, report_to=["tensorboard"], max_steps=2, **evaluated)
+    trainer.train()
+    (file,) = (tmp_path / "events").rglob("events.*")
+    events = accumulator.EventAccumulator(str(file))
+    events.Reload()
+    losses = [event.value for event in events.Scalars("train/loss")]
+    assert losses == pytest.approx(tiny.losses(trainer))
+    for name in ("train/response_tokens_per_s", "train/base_token_share", "eval/perplexity"):
+        assert events.Scalars(name)[0].value > 0
+
+
+def test_wandb_gets_what_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb", reason="needs the extra wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    trainer = tiny.full_trainer(tmp_path, report_to=["wandb"], max_steps=2)
+    trainer.train()
+    summary = dict(wandb.run.summary)
+    wandb.finish()
+    assert summary["train/loss"] == pytest.approx(tiny.losses(trainer)[-1])
+    assert summary["train/response_tokens_per_s"] > 0
+
+
+def test_trackio_gets_what_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trackio = pytest.importorskip("trackio", reason="needs the extra trackio")
+    logged: list[dict[str, float]] = []
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    monkeypatch.setattr(trackio, "log", lambda values, **_: logged.append(values))
+    trainer = tiny.full_trainer(tmp_path, report_to=["trackio"], max_steps=2)
+    trainer.train()
+    losses = [values["train/loss"] for values in logged if "train/loss" in values]
+    assert losses == pytest.approx(tiny.losses(trainer))
+    assert any("train/response_tokens_per_s" in values for values in logged)
+
+
+def test_a_router_loss_that_would_be_left_out_is_refused(tmp_path: Path) -> None:
+    decoder = families.build("qwen3_moe", torch.float32)
+    base = families.build("qwen3_moe", torch.float32)
+    decoder.config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits"):
+        CacheConditionedTrainer(decoder, tiny.arguments(tmp_path), base=base)

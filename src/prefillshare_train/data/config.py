@@ -47,6 +47,10 @@ class SourceConfig:
     """`seal_tools` only: how many tools that the row does not call are offered beside those it
     does, drawn with `data.seed` row by row."""
 
+    columns: dict[str, str] | None = None
+    """Renames columns before the format is decided: `{prompt: question, completion: solution}`
+    reads the column `question` as the prompt and `solution` as the completion."""
+
     def __post_init__(self) -> None:
         if self.sample is not None and self.sample < 1:
             raise ValueError(f"sample must be 1 or more, or null; found {self.sample}")
@@ -93,9 +97,6 @@ class DataConfig:
     """Seed of the order of the training conversations."""
     seed: int = 0
     """Seed of sampling, of the split and of distractor tools."""
-    columns: dict[str, str] | None = None
-    """Renames columns before the format is decided: `{prompt: question, completion: solution}`
-    reads the column `question` as the prompt and `solution` as the completion."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.eval_fraction < 1:

@@ -51,7 +51,7 @@ def detect_format(columns: Iterable[str], origin: str) -> str:
     known = "; ".join(f"{name} ({', '.join(sorted(needed))})" for name, needed in _COLUMNS)
     raise DataError(
         f"{origin}: no known format has the columns {', '.join(sorted(present)) or 'none'}. Known "
-        f"are: {known}. Set format, or rename columns with data.columns"
+        f"are: {known}. Set format, or rename columns with the source's columns"
     )
 
 

@@ -83,7 +83,7 @@ def build_dataset(
     """
     renderer = renderer_of(config, tokenizer, base_dir=base_dir, end_token_ids=end_token_ids)
     loaded = [
-        (source, load_rows(source, base_dir=base_dir, seed=config.seed, columns=config.columns))
+        (source, load_rows(source, base_dir=base_dir, seed=config.seed))
         for source in (config.train, config.eval)
         if source is not None
     ]

@@ -90,7 +90,7 @@ def text_of(record: Record, key: str, *, default: str | None = None) -> str:
         return value
     if key not in record.values:
         found = f"key {key!r} is missing; found {', '.join(map(repr, record.values)) or 'none'}"
-        raise RowError(record.origin, found, "Name the right data format, or set data.columns")
+        raise RowError(record.origin, found, "Name the right data format, or set columns")
     raise RowError(
         record.origin,
         f"{key!r} should be text but is {type(value).__name__}: {shorten(value)}",

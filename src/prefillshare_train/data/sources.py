@@ -53,14 +53,12 @@ def load_rows(
     *,
     base_dir: Path,
     seed: int = 0,
-    columns: dict[str, str] | None = None,
 ) -> LoadedRows:
     """Read, check and normalise a source, then draw its sample.
 
     Args:
         base_dir: where relative paths are looked up after the current directory.
         seed: of the sample and of distractor tools.
-        columns: see `DataConfig.columns`.
 
     Raises:
         DataError: the source cannot be read or is empty, or rows are bad: the message lists the
@@ -76,7 +74,7 @@ def load_rows(
         try:
             if isinstance(record, RowError):
                 raise record
-            record = _renamed(record, columns)
+            record = _renamed(record, source.columns)
             if maker is None:
                 name, maker = _maker(source, record, base_dir, seed)
             row = maker(record)
@@ -103,9 +101,9 @@ def _renamed(record: Record, columns: dict[str, str] | None) -> Record:
     if missing:
         raise RowError(
             record.origin,
-            f"data.columns names {', '.join(map(repr, missing))}; found "
+            f"columns names {', '.join(map(repr, missing))}; found "
             f"{', '.join(map(repr, record.values))}",
-            "Correct data.columns",
+            "Correct columns",
         )
     kept = {key: value for key, value in record.values.items() if key not in columns.values()}
     kept |= {new: record.values[old] for new, old in columns.items()}

@@ -66,7 +66,8 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
         **kwargs: anything else that `Trainer` takes.
 
     Raises:
-        ValueError: a base is missing, or given where the decoder already carries it.
+        ValueError: a base is missing, or given where the decoder already carries it; or the model
+            asks for a router loss.
         UnsupportedModelError: the architecture's prompt cache cannot be shared.
     """
 
@@ -87,6 +88,11 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
     ) -> None:
         use_prefillshare_attention(model)
         self.decoder = causal_lm_of(model)
+        if getattr(self.decoder.config, "output_router_logits", False):
+            raise ValueError(
+                "output_router_logits asks for a load-balancing loss that this trainer does not "
+                "compute; set it to False in the model's config"
+            )
         self.rule = BoundaryRule.parse(args.boundary)
         self.contract = contract
         self.prefill = self._prefill_module(model, base, args.method)
