@@ -1,4 +1,7 @@
-"""Write docs/training.md from the dataclasses: `python docs/generate.py [--check]`."""
+"""Write docs/training.md from the dataclasses and docs/results.md from benchmark results.
+
+python docs/generate.py [--check]
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import results_page
 from transformers import TrainingArguments
 
 from prefillshare_train.training.config import CacheConditionedConfig
@@ -16,6 +20,7 @@ from prefillshare_train.training.config import CacheConditionedConfig
 DOCS = Path(__file__).parent
 SOURCE = DOCS.parent / "src" / "prefillshare_train"
 PAGE = DOCS / "training.md"
+RESULTS = DOCS / "results.md"
 SECTIONS = (
     ("Recipe", "training/recipe.py", "Recipe", ""),
     ("base", "training/recipe.py", "BaseConfig", "base."),
@@ -114,16 +119,19 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    text = page()
-    if parser.parse_args().check:
-        if not PAGE.is_file() or PAGE.read_text() != text:
-            print(f"{PAGE} is out of date: run `make docs`")
-            return 1
-        return 0
-    beside = PAGE.with_suffix(".tmp")
-    beside.write_text(text)
-    beside.replace(PAGE)
-    return 0
+    check = parser.parse_args().check
+    stale = []
+    for place, text in ((PAGE, page()), (RESULTS, results_page.page())):
+        if place.is_file() and place.read_text() == text:
+            continue
+        stale.append(place)
+        if not check:
+            beside = place.with_suffix(".tmp")
+            beside.write_text(text)
+            beside.replace(place)
+    for place in stale if check else []:
+        print(f"{place} is out of date: run `make docs`")
+    return 1 if check and stale else 0
 
 
 if __name__ == "__main__":

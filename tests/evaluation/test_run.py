@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -257,6 +258,38 @@ def test_more_items_and_decoders_are_added_to_what_is_there(folder: Path, tmp_pa
     path = evaluate(loaded, variants_of(loaded.decoders, None, []), [task], tmp_path, LIMITS)
     assert len(task.judged) == 5 + 7
     assert [row["n"] for row in json.loads(path.read_text())["results"]] == [7, 7]
+
+
+def test_two_tasks_that_ask_the_same_are_answered_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Again(Vowels):
+        name = "again"
+
+        def items(self) -> list[EvalItem]:
+            same = [dataclasses.replace(i, item_id=f"a/{i.item_id}") for i in super().items()]
+            return [*same, dataclasses.replace(same[0], item_id="longer", max_new_tokens=3)]
+
+    loaded = contestants(folder, "ours", "other")
+    variants = variants_of(loaded.decoders, None, [])
+    asked: list[int] = []
+    plain = answering.generate
+
+    def counted(decoder: Any, cache: Any, prompts: Any, **options: Any) -> Any:
+        asked.append(len(prompts))
+        return plain(decoder, cache, prompts, **options)
+
+    monkeypatch.setattr(answering, "generate", counted)
+    path = evaluate(loaded, variants, [Vowels(), Again()], tmp_path, LIMITS)
+    assert sum(asked) == 2 * (7 + 1)
+    first, second = json.loads(path.read_text())["results"][::2]
+    assert (first["n"], second["n"]) == (7, 8)
+    judged = RunFolder(tmp_path).verdicts("again", "ours--last_token")
+    for (variant, item), record in outputs(tmp_path).items():
+        if variant == "ours--last_token":
+            assert judged[f"a/{item}"]["output"] == record["output"]
+    saved = json.loads(path.read_text())["shared_prefill"]
+    assert saved["again"]["base_tokens"] < saved["vowels"]["base_tokens"]
 
 
 def test_answers_of_something_else_are_not_taken_over(folder: Path, tmp_path: Path) -> None:

@@ -27,6 +27,12 @@ class Prompt:
     header_length: int
     sha256: str
 
+    @property
+    def request_sha256(self) -> str:
+        """Of everything that fixes a greedy answer, so that two tasks can share one."""
+        parts = (self.sha256, *self.item.stop, str(self.item.max_new_tokens))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
 
 def render(
     items: Sequence[EvalItem], renderer: Renderer, position_count: int | None

@@ -66,6 +66,7 @@ def evaluate(
     rows = []
     saved = {}
     for task in tasks:
+        _take_over(variants, task, prompts[task.name], folder, [t.name for t in tasks])
         _answer(contestants, variants, task, prompts[task.name], folder, limits)
         rows += _judge(variants, task, prompts[task.name], folder)
         saved[task.name] = _prefill_saving(folder.outputs(task.name))
@@ -100,6 +101,34 @@ def _answer(
             folder.add_outputs(task.name, map(_record, answers))
 
 
+def _take_over(
+    variants: Sequence[Variant],
+    task: Task,
+    prompts: Sequence[Prompt],
+    folder: RunFolder,
+    others: Sequence[str],
+) -> None:
+    """Copy answers to the very same requests from other tasks (HumanEval and HumanEval+)."""
+    done = {(record["variant"], record["item_id"]) for record in folder.outputs(task.name)}
+    held = {
+        (record["variant"], record["request_sha256"]): {**record, "answered_in": other}
+        for other in others
+        if other != task.name
+        for record in folder.outputs(other)
+        if "answered_in" not in record
+    }
+    folder.add_outputs(
+        task.name,
+        (
+            {**held[key], "item_id": prompt.item.item_id}
+            for prompt in prompts
+            for variant in variants
+            if (variant.key, prompt.item.item_id) not in done
+            and (key := (variant.key, prompt.request_sha256)) in held
+        ),
+    )
+
+
 def _tick(bar: tqdm[Any]) -> None:
     bar.update()
 
@@ -109,6 +138,7 @@ def _record(answered: Answered) -> Record:
         "variant": answered.variant.key,
         "item_id": answered.prompt.item.item_id,
         "prompt_sha256": answered.prompt.sha256,
+        "request_sha256": answered.prompt.request_sha256,
         "prompt_tokens": len(answered.prompt.ids),
         "base_tokens": answered.base_tokens,
         "output": answered.output,
@@ -169,6 +199,7 @@ def _row(task: Task, variant: Variant, judged: Sequence[Record]) -> Record:
 
 def _prefill_saving(outputs: Sequence[Record]) -> Record:
     """Prompt tokens that the base ran, and would have run decoder by decoder."""
+    outputs = [record for record in outputs if "answered_in" not in record]
     ran: dict[str, int] = {}
     for record in outputs:
         ran[record["item_id"]] = max(ran.get(record["item_id"], 0), record["base_tokens"])

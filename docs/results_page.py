@@ -1,0 +1,95 @@
+"""docs/results.md, from the files that benchmarks wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+FILES = Path(__file__).parent.parent / "benchmarks" / "results"
+TASKS = {
+    "tool_calling": "Tool calls (Seal-Tools, two distractor tools a request)",
+    "math": "Maths (GSM8K)",
+    "code": "Code (MBPP)",
+}
+ADAPTERS = {"lora": "LoRA", "none": "full"}
+NAMES = {
+    "base": "base",
+    "full_prompt": "Full-FT: decoder runs the prompt",
+    "naive": "naive: the same decoder on the base's cache",
+    "prefillshare": "PrefillShare: decoder on the base's cache",
+}
+
+
+def page() -> str:
+    """The whole document."""
+    parts = [
+        "# Results",
+        "<!-- docs/results.md is generated from benchmarks/results by `make docs`: edit "
+        "docs/results_page.py. -->",
+    ]
+    for make in (held_out, evaluations):
+        parts += make()
+    return "\n\n".join(parts) + "\n"
+
+
+def held_out() -> list[str]:
+    """Base, Full-FT, naive and PrefillShare on the training recipes' held-out rows."""
+    path = FILES / "held_out.json"
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    parts = [
+        "## Held-out rows of the training recipes",
+        "`make results` trains `recipes/smollm2-135m/{tool_calling,math,code}.yaml` with "
+        "`method=prefillshare` and with `method=full_prompt`, LoRA and full, and compares them by "
+        "`prefillshare held-out`. Loss is in nats a response token, over all held-out turns; exact "
+        "match is over n greedy answers. Code is compared as text there, so that its exact match "
+        "says little; its loss does.",
+        f"SmolLM2-135M-Instruct; {machine_of(found)}.",
+    ]
+    for task, title in TASKS.items():
+        rows = [row for row in found["rows"] if row["task"] == task]
+        if rows:
+            parts += [f"### {title}", held_out_table(rows)]
+    return parts
+
+
+def held_out_table(rows: list[dict[str, Any]]) -> str:
+    """One table, LoRA before full; the base once."""
+    lines = [
+        "| | trained | steps | minutes | held-out loss | exact match | n |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    seen_base = False
+    for row in rows:
+        if row["decoder"] == "base":
+            if seen_base:
+                continue
+            seen_base = True
+        trained = "–" if row["decoder"] == "base" else ADAPTERS[row["adapter"]]
+        steps = row.get("steps", "–")
+        minutes = f"{row['train_seconds'] / 60:.0f}" if "train_seconds" in row else "–"
+        lines.append(
+            f"| {NAMES[row['decoder']]} | {trained} | {steps} | {minutes} | "
+            f"{row['held_out_loss']:.3f} | {row['exact_match']:.1%} | {row['n']} |"
+        )
+    return "\n".join(lines)
+
+
+def evaluations() -> list[str]:
+    """The harnesses' tables, as `prefillshare compare` wrote them."""
+    path = FILES / "evaluation.json"
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    parts = ["## GSM8K, HumanEval(+) and BFCL", *found["introduction"]]
+    for table in found["tables"]:
+        parts += [f"### {table['title']}", f"`{table['command']}`", table["markdown"].strip()]
+    return parts
+
+
+def machine_of(found: dict[str, Any]) -> str:
+    """Machine and versions, for a reader."""
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return f"{found['machine']}; {versions}"
