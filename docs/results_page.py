@@ -83,9 +83,24 @@ def evaluations() -> list[str]:
     if not path.is_file():
         return []
     found = json.loads(path.read_text())
-    parts = ["## GSM8K, HumanEval(+) and BFCL", *found["introduction"]]
+    parts = [
+        "## BFCL, GSM8K, HumanEval and HumanEval+",
+        "`python benchmarks/evaluation.py` evaluates the decoders of `make results`. Full-FT is "
+        "the `full_prompt` decoder by itself, naive the same decoder on the base's cache.",
+        f"SmolLM2-135M-Instruct; {machine_of(found)}.",
+    ]
     for table in found["tables"]:
-        parts += [f"### {table['title']}", f"`{table['command']}`", table["markdown"].strip()]
+        tokens = table["shared_prefill"].items()
+        saving = "; ".join(
+            f"{task}: the base ran {s['base_tokens']:,} prompt tokens in place of "
+            f"{s['base_tokens_if_apart']:,}"
+            for task, s in tokens
+            if s["base_tokens_if_apart"]
+        )
+        parts += [f"### {table['title']}", f"```sh\n{table['command']}\n```"]
+        parts += [table["markdown"].strip(), f"![](../benchmarks/results/{table['plot']})"]
+        if saving:
+            parts.append(f"One prefill for all decoders. {saving}.")
     return parts
 
 
