@@ -6,20 +6,30 @@ Run inside the sandbox with `python -c`, standard library only; `Sandbox.run_pro
 import ctypes
 import os
 import sys
+from typing import NoReturn
 
 PR_SET_DUMPABLE = 4
 
 
-def run_child(word: bytes, pipe: int) -> None:
+def run_child(word: bytes, pipe: int) -> NoReturn:
     empty = os.open(os.devnull, os.O_RDONLY)
     os.dup2(empty, 0)
     os.close(empty)
     with open("program.py", "rb") as file:  # noqa: PTH123
         source = file.read()
-    write = os.write
-    exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
-    sys.stdout.flush()
-    write(pipe, word)
+    # What a harness takes away from the program is needed afterwards.
+    write, end = os.write, os._exit
+    # Threads that the program leaves behind are not waited for.
+    try:
+        exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
+        sys.stdout.flush()
+        write(pipe, word)
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            sys.excepthook(type(error), error, error.__traceback__)
+        sys.stdout.flush()
+        end(1)
+    end(0)
 
 
 def main() -> None:
@@ -31,7 +41,6 @@ def main() -> None:
     if child == 0:
         os.close(answer)
         run_child(word, pipe)
-        return
     os.close(pipe)
     _, status = os.waitpid(child, 0)
     # What the child started may hold the pipe open still.

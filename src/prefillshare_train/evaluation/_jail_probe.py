@@ -1,7 +1,8 @@
 """Tries, inside the sandbox, what a program must not be able to do, and prints what it could.
 
-Run as a script, standard library only: `_jail_probe.py CANARY PROCESSES`, where CANARY is a file
-outside the sandbox, writable by everyone in a folder writable by everyone.
+Run as a script, standard library only: `_jail_probe.py CANARY PROCESSES DISK`, where CANARY is a
+file outside the sandbox, writable by everyone in a folder writable by everyone, and the others are
+limits.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ def writes(path: Path) -> bool:
 
 
 def exceeds_processes(allowed: int) -> bool:
-    """Whether more processes than allowed could be started."""
+    """Whether one process more than allowed could be started, this one included."""
     started: list[int] = []
     try:
-        while len(started) <= allowed:
+        while len(started) < allowed:
             pid = os.fork()
             if pid == 0:
                 time.sleep(30)
@@ -67,7 +68,8 @@ def exceeds_processes(allowed: int) -> bool:
 
 
 def main() -> None:
-    canary, allowed = Path(sys.argv[1]), int(sys.argv[2])
+    canary, allowed, disk = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    volume = os.statvfs(".")
     facts = {
         "no_network": not reaches_network(),
         "no_writes_outside": not writes(canary),
@@ -75,6 +77,7 @@ def main() -> None:
         "process_limit": not exceeds_processes(allowed),
         # The init of a process namespace is its first process and the command its second.
         "process_namespace": os.getpid() == 2,
+        "disk_limit": volume.f_blocks * volume.f_frsize <= disk,
         "memory_limit": resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY,
         "cpu_limit": resource.getrlimit(resource.RLIMIT_CPU)[0] != resource.RLIM_INFINITY,
         "file_size_limit": resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY,

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +27,8 @@ SCRIPT = Path(__file__).with_name("_jail.py")
 WORK = "/sandbox"
 TICK = 0.1
 KILL_GRACE = 5.0
-# The gate and the init belong to the jail.
-OWN_PROCESSES = 2
+# The gate and the init belong to the jail, and the probe goes one process too far.
+OWN_PROCESSES = 3
 
 Stopped = Literal["", "time", "memory", "processes", "output", "killed"]
 
@@ -117,8 +118,12 @@ def run_jailed(
         if Path(name).name != name:
             raise ValueError(f"{name!r} is not a plain file name")
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="prefillshare-") as folder:
-        work, temporary = (WORK, "/tmp") if kind.namespaces else (folder, folder)
+    with ExitStack() as stack:
+        if kind.namespaces:
+            work, temporary = WORK, "/tmp"
+        else:
+            folder = tempfile.TemporaryDirectory(prefix="prefillshare-")
+            work = temporary = stack.enter_context(folder)
         job = {
             "namespaces": kind.namespaces,
             "uid": kind.uid,

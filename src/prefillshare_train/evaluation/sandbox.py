@@ -181,8 +181,8 @@ class Sandbox:
             canary.write_text("alive")
             folder.chmod(0o777)
             canary.chmod(0o666)
-            processes = str(self.limits.processes)
-            command = [sys.executable, "-c", PROBE.read_text(), str(canary), processes]
+            limits = [str(self.limits.processes), str(self.limits.disk)]
+            command = [sys.executable, "-c", PROBE.read_text(), str(canary), *limits]
             outcome = run_jailed(kind, command, self.limits)
             facts: dict[str, bool] = json.loads(outcome.output)
             unchanged = canary.read_text() == "alive" and list(folder.iterdir()) == [canary]
