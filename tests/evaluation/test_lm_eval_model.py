@@ -151,6 +151,40 @@ def test_stop_strings_cut_what_hflm_cuts(same: Callable[..., PrefillShareLM], hf
     assert lm.generate_until(mixed) == hf.generate_until(mixed)
 
 
+def test_a_stop_string_ends_the_work_too(
+    same: Callable[..., PrefillShareLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = same(batch_size=2)
+    lengths: list[int] = []
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        responses = generate(*arguments, **options)
+        lengths.extend(map(len, responses))
+        return responses
+
+    monkeypatch.setattr("prefillshare_train.evaluation.lm_eval_model.generate", spy)
+    (free,) = lm.generate_until(generation("Say 4.", until=[""]))
+    assert lengths == [12], "an empty stop string stops nothing"
+    assert lm.generate_until(generation("Say 4.", until=free[2:4])) == [
+        free[: free.find(free[2:4])]
+    ]
+    assert lengths[1] < 8
+
+
+def test_tokens_that_are_no_text_are_left_out(
+    same: Callable[..., PrefillShareLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, renderer = same().loaded, same().renderer
+    full_stop, start = renderer.encode([".", "<|im_start|>"])
+    renderer = replace(renderer, end_token_ids=(*renderer.end_token_ids, *full_stop))
+    ids = [*renderer.encode(["a. b"])[0], *start, *renderer.encode(["c."])[0]]
+    monkeypatch.setattr(
+        "prefillshare_train.evaluation.lm_eval_model.generate", lambda *_, **__: [ids]
+    )
+    lm = PrefillShareLM(loaded=loaded, renderer=renderer)
+    assert lm.generate_until(generation("x")) == ["a. bc"]
+
+
 @pytest.mark.parametrize("boundary", ["last_token", "ratio:0", "block_aligned:3"])
 @pytest.mark.parametrize("batch_size", [1, 4, 50])
 def test_a_decoder_that_is_its_base_scores_as_hflm_does(
