@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from prefillshare_train.cli import compare, demo, held_out, inspect, train
+from prefillshare_train.cli import compare, demo, evaluate, held_out, inspect, lm_eval, train
 
 app = typer.Typer(
     name="prefillshare",
@@ -15,6 +15,8 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("inspect")(inspect.inspect)
 app.command("held-out")(held_out.held_out)
+app.command("eval")(evaluate.evaluate)
+app.command("lm-eval", context_settings=lm_eval.CONTEXT_SETTINGS)(lm_eval.lm_eval)
 app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 
