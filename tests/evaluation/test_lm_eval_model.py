@@ -174,7 +174,7 @@ def test_a_stop_string_ends_the_work_too(
 def test_tokens_that_are_no_text_are_left_out(
     same: Callable[..., PrefillShareLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded, renderer = same().loaded, same().renderer
+    loaded, renderer = same().loaded, same().prompts.renderer
     full_stop, start = renderer.encode([".", "<|im_start|>"])
     renderer = replace(renderer, end_token_ids=(*renderer.end_token_ids, *full_stop))
     ids = [*renderer.encode(["a. b"])[0], *start, *renderer.encode(["c."])[0]]
@@ -381,6 +381,7 @@ def test_rolling_is_refused_with_the_reason(folder: Path) -> None:
         ({"decoder": "x", "prefill": "both"}, "prefill=both"),
         ({"decoder": "x", "batch_size": "auto"}, "batch_size=auto"),
         ({"decoder": "x", "batch_size": 0}, "batch_size=0"),
+        ({"decoder": "x", "dtype": "float33"}, "dtype=float33"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:

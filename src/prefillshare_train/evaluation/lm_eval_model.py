@@ -7,7 +7,6 @@ lm-eval finds a model class only once it is imported; `prefillshare lm-eval` doe
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -17,8 +16,6 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import (
-    _add_special_kwargs,
-    has_bos_prefix,
     postprocess_generated_text,
     resolve_max_length,
 )
@@ -30,12 +27,12 @@ from prefillshare_train.core.modules import causal_lm_of, empty_cache
 from prefillshare_train.core.prompt_cache import PromptCache
 from prefillshare_train.data import Renderer, saved_renderer
 from prefillshare_train.evaluation.lm_eval_decoding import Decoding
+from prefillshare_train.evaluation.lm_eval_prompts import DecoderPrompts
 from prefillshare_train.evaluation.lm_eval_scoring import Continuation, score_continuations
 from prefillshare_train.evaluation.task import EvaluationError
 
 _logger = logging.getLogger(__name__)
 _BATCHES_A_PREFILL = 4
-_PROBE = ({"role": "user", "content": "a"},)
 
 
 @register_model("prefillshare")
@@ -91,7 +88,7 @@ class PrefillShareLM(TemplateLM):
             loaded = load_decoder(
                 decoder,
                 base=base,
-                dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+                dtype=_dtype(dtype),
                 device=_device(device),
             )
         if renderer is None:
@@ -99,23 +96,14 @@ class PrefillShareLM(TemplateLM):
                 raise EvaluationError("loaded= has no prompts: pass renderer= or decoder= too")
             renderer = saved_renderer(decoder, loaded.contract.prompt)
         self.loaded = loaded
-        self.renderer = renderer
-        self.tokenizer = renderer.saved_tokenizer()
+        self.prompts = DecoderPrompts(renderer, loaded.contract.rule)
+        self.tokenizer = self.prompts.tokenizer
         self.batch_size = int(batch_size)
         trained = "self" if loaded.contract.method == "full_prompt" else "base"
         self._shares = (prefill or trained) == "base"
         self._model = causal_lm_of(loaded.decoder)
         self._device = self._model.device
-        self._rule = loaded.contract.rule
         self.max_length = max_length or resolve_max_length(self._model.config, self.tokenizer)
-        opening, bare = (
-            renderer.text(renderer.with_system_prompt(_PROBE), add_generation_prompt=generation)
-            for generation in (True, False)
-        )
-        self._header = opening[len(bare) :] if opening.startswith(bare) else ""
-        bos = self.tokenizer.bos_token
-        # A BOS that the tokenizer adds and the template does not write was never seen in training.
-        self._add_special = None if bos is None or opening.startswith(bos) else False
 
     @property
     def eot_token_id(self) -> int:
@@ -126,8 +114,7 @@ class PrefillShareLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """Context of a continuation that has none: BOS, or EOS where there is no BOS."""
-        bos: int | None = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
+        return self.prompts.prefix_token_id
 
     @property
     def max_gen_toks(self) -> int:
@@ -137,8 +124,7 @@ class PrefillShareLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """Names all that shapes a prompt, since lm-eval keeps rendered prompts under this name."""
-        prompt = json.dumps(self.renderer.prompt_contract(), sort_keys=True)
-        return f"prefillshare-{hashlib.sha256(prompt.encode()).hexdigest()[:16]}"
+        return self.prompts.name
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes beside its results."""
@@ -157,31 +143,14 @@ class PrefillShareLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True
     ) -> str:
-        """The prompt as the decoder was trained on it.
-
-        Args:
-            add_generation_prompt: False where the last message is the beginning of the answer.
-
-        Raises:
-            RenderError: the template refuses the messages.
-        """
-        messages = self.renderer.with_system_prompt(chat_history)
-        if add_generation_prompt or messages[-1]["role"] != "assistant":
-            return self.renderer.text(messages, add_generation_prompt=add_generation_prompt)
-        prompt = self.renderer.text(messages[:-1], add_generation_prompt=True)
-        beginning: str = messages[-1]["content"]
-        return prompt + beginning
+        """See `DecoderPrompts.chat`."""
+        return self.prompts.chat(chat_history, add_generation_prompt=add_generation_prompt)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids; BOS is added as HFLM adds it, but never to a prompt trained without one."""
-        options = _add_special_kwargs(add_special_tokens, self._add_special)
-        first = self.tokenizer.decode(self.prefix_token_id)
-        if add_special_tokens is None and has_bos_prefix(string, first):
-            options["add_special_tokens"] = False
-        ids: list[int] = self.tokenizer.encode(string, **options)
-        return ids
+        """See `DecoderPrompts.encode`."""
+        return self.prompts.encode(string, add_special_tokens)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Refused.
@@ -241,20 +210,7 @@ class PrefillShareLM(TemplateLM):
         return ids[-room:]
 
     def _base_length(self, text: str, ids: list[int], kept: int) -> int:
-        """Tokens that the base runs, of a prompt of which the last `kept` are left."""
-        if not self._shares:
-            return 0
-        header = 0
-        if self._rule.kind == "generation_prompt" and self._header and self._header in text:
-            # The last header opens the answer; those of earlier turns are history.
-            header = self.renderer.header_length(text[: text.rfind(self._header)], text, ids)
-        try:
-            return self._rule.base_length(kept, min(header, kept))
-        except ValueError as error:
-            raise EvaluationError(
-                f"{error}. With lm-eval pass --apply_chat_template; the prompt ends in "
-                f"{text[-80:]!r}"
-            ) from error
+        return self.prompts.base_length(text, ids, kept) if self._shares else 0
 
     def _cache(self, beginnings: list[list[int]]) -> PromptCache:
         if not self._shares:
@@ -311,7 +267,7 @@ class PrefillShareLM(TemplateLM):
         window = max(len(stop.encode()) for stop in decoding.stop) + 2
 
         def should_stop(_: int, ids: Sequence[int]) -> bool:
-            tail = self.renderer.decode(ids[-window:])
+            tail = self.prompts.renderer.decode(ids[-window:])
             return any(stop in tail for stop in decoding.stop)
 
         for start in range(0, len(order), lump):
@@ -321,7 +277,7 @@ class PrefillShareLM(TemplateLM):
                 self._cache([prompts[i][: cuts[i]] for i in chosen]),
                 [prompts[i] for i in chosen],
                 max_new_tokens=decoding.max_new_tokens,
-                stop_ids=self.renderer.end_token_ids,
+                stop_ids=self.prompts.renderer.end_token_ids,
                 processors=decoding.warpers or None,
                 sampler=sampler,
                 should_stop=should_stop,
@@ -331,7 +287,7 @@ class PrefillShareLM(TemplateLM):
                 yield index, self._text(ids, decoding.stop)
 
     def _text(self, ids: list[int], stop: list[str]) -> str:
-        if ids[-1] in self.renderer.end_token_ids:
+        if ids[-1] in self.prompts.renderer.end_token_ids:
             ids = ids[:-1]
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         cut: str = postprocess_generated_text(text, stop=stop, think_end_token=None)
@@ -344,3 +300,10 @@ def _device(asked: str | None) -> str:
         _logger.warning("there is no %s here: running on the CPU", device)
         return "cpu"
     return device
+
+
+def _dtype(asked: str | torch.dtype | None) -> torch.dtype | None:
+    found = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    if asked is not None and not isinstance(found, torch.dtype):
+        raise EvaluationError(f"dtype={asked}: give float32, bfloat16 or float16")
+    return found
