@@ -5,8 +5,6 @@ Tolerances: float32 on tiny models; log-likelihoods agree to 1e-4 nats, texts ex
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,36 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-import typer
-from lm_eval import simple_evaluate
-from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from peft import PeftModel
-from tests.data.helpers import CHATML, WITH_BOS, tiny_tokenizer, write_jsonl
-from tests.training import tiny
+from tests.data.helpers import CHATML, WITH_BOS, tiny_tokenizer
+from tests.evaluation.lm_eval_helpers import decoder_of, generation, make_decoders, scoring
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
-from prefillshare_train.cli import lm_eval as command
 from prefillshare_train.core.generate import generate
 from prefillshare_train.core.loading import LoadedDecoder, load_decoder
 from prefillshare_train.core.modules import PrefillModule, load_causal_lm
 from prefillshare_train.data import make_renderer, saved_renderer
 from prefillshare_train.evaluation.lm_eval_model import PrefillShareLM
-from prefillshare_train.evaluation.lm_eval_tasks import task_folder
 from prefillshare_train.evaluation.task import EvaluationError
-from prefillshare_train.training.recipe import load_recipe
-from prefillshare_train.training.run import run_training
 
-RECIPE = """
-base: {{model: {base}, dtype: float32}}
-decoder: {{adapter: lora, lora: {{r: 4, target_modules: all-linear}}}}
-data: {{train: {{source: {rows}}}}}
-training: {{output_dir: {out}, max_steps: 4, learning_rate: 0.05, report_to: none,
-           per_device_train_batch_size: 4, use_cpu: true, disable_tqdm: true}}
-"""
 TOLERANCE = 1e-4
 CONTEXTS = ["Say 4.", "What is 12 + 7?\nAnswer:", "x", "the the the a a", "Question: why? "]
 PAIRS = [
@@ -60,27 +42,7 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, and LoRA decoders of both methods and one with another boundary trained over it."""
-    folder = tmp_path_factory.mktemp("lm_eval")
-    base = tiny.save_base(folder / "base")
-    # A random model with the usual small weights says one token for ever, whatever it is asked.
-    model = AutoModelForCausalLM.from_pretrained(base)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.25)
-    model.save_pretrained(base)
-    rows = [{"prompt": f"Say {n}.", "completion": f"{n}!"} for n in range(12)]
-    source = write_jsonl(folder / "rows.jsonl", rows)
-    for name, overrides in {
-        "decoder": [],
-        "full_prompt": ["method=full_prompt"],
-        "header": ["boundary=generation_prompt"],
-    }.items():
-        recipe = folder / f"{name}.yaml"
-        recipe.write_text(RECIPE.format(base=base, rows=source, out=folder / name))
-        run_training(load_recipe([recipe], overrides))
-    return folder
+    return make_decoders(tmp_path_factory.mktemp("lm_eval"))
 
 
 @pytest.fixture(scope="module")
@@ -104,21 +66,6 @@ def same(folder: Path) -> Callable[..., PrefillShareLM]:
         return PrefillShareLM(loaded=changed, renderer=renderer, **options)
 
     return make
-
-
-def decoder_of(folder: Path, name: str = "decoder", **options: Any) -> PrefillShareLM:
-    return PrefillShareLM(str(folder / name / "decoder"), device="cpu", **options)
-
-
-def generation(*contexts: str, **gen_kwargs: Any) -> list[Instance]:
-    return [
-        Instance("generate_until", {}, (context, {"max_gen_toks": 12, **gen_kwargs}), 0)
-        for context in contexts
-    ]
-
-
-def scoring(*pairs: tuple[str, str]) -> list[Instance]:
-    return [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
 
 
 def assert_same_scores(found: Any, expected: Any) -> None:
@@ -389,41 +336,6 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) ->
         PrefillShareLM(**arguments)
 
 
-@pytest.fixture
-def data_dir(tmp_path: Path) -> Path:
-    rows = [{"question": f"What is {n}?", "answer": f"#### {n}"} for n in range(5)]
-    write_jsonl(tmp_path / "gsm8k" / "test.jsonl", rows)
-    return tmp_path
-
-
-def test_simple_evaluate_takes_the_object(folder: Path, data_dir: Path) -> None:
-    manager = TaskManager(
-        include_path=str(task_folder()),
-        include_defaults=False,
-        metadata={"data_dir": str(data_dir)},
-    )
-    lm = decoder_of(folder, batch_size=2)
-    results = simple_evaluate(
-        model=lm,
-        tasks=["gsm8k_local"],
-        task_manager=manager,
-        apply_chat_template=True,
-        gen_kwargs={"max_gen_toks": 6},
-        bootstrap_iters=0,
-    )
-    samples = [s for s in results["samples"]["gsm8k_local"] if s["filter"] == "flexible-extract"]
-    prompts = [s["arguments"][0][0] for s in samples]
-    assert len(prompts) == 5
-    assert prompts[0].endswith("Question: What is 0?\nAnswer:<|im_end|>\n<|im_start|>assistant\n")
-    answers = lm.generate_until(
-        generation(*prompts, max_gen_toks=6, until=["Question:", "</s>", "<|im_end|>"])
-    )
-    assert [s["resps"][0][0] for s in samples] == answers
-    score = results["results"]["gsm8k_local"]["exact_match,flexible-extract"]
-    assert score == sum(s["exact_match"] for s in samples) / 5
-    assert results["config"]["boundary"] == "last_token"
-
-
 def test_a_killed_run_keeps_what_it_had_answered(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -445,42 +357,3 @@ def test_a_killed_run_keeps_what_it_had_answered(
     answered, killed, rest = calls[:3]
     assert (answered, killed) == (4, 2)
     assert rest == 2, "answered twice"
-
-
-def run(*arguments: object) -> Any:
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command("lm-eval", context_settings=command.CONTEXT_SETTINGS)(command.lm_eval)
-    app.command("other")(lambda: None)
-    return CliRunner().invoke(app, ["lm-eval", *map(str, arguments)])
-
-
-def test_the_command_hands_its_flags_to_lm_eval(folder: Path, data_dir: Path) -> None:
-    place = folder / "decoder" / "decoder"
-    result = run(
-        *("--model", "prefillshare", "--model_args", f"decoder={place},prefill=self"),
-        *("--tasks", "gsm8k_local", "--include_path", task_folder(), "--apply_chat_template"),
-        *("--metadata", f"data_dir={data_dir}", "--gen_kwargs", "max_gen_toks=4"),
-        *("--limit", 2, "--batch_size", 2, "--output_path", data_dir / "out"),
-    )
-    assert result.exit_code == 0, result.output
-    (file,) = (data_dir / "out").rglob("results_*.json")
-    written = json.loads(file.read_text())
-    assert written["n-samples"]["gsm8k_local"]["effective"] == 2
-    assert written["config"]["prefill"] == "self"
-
-
-def test_the_command_tells_mistakes_in_a_line() -> None:
-    help_text = run("run", "--help")
-    assert help_text.exit_code == 0
-    assert "--include_path" in help_text.output
-    result = run("--model", "prefillshare", "--tasks", task_folder() / "gsm8k_local.yaml")
-    assert result.exit_code == 2, result.output
-    assert "name the decoder's folder" in result.output
-
-
-def test_the_command_names_the_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    result = run("--tasks", "x")
-    assert result.exit_code == 2
-    assert "pip install 'prefillshare-train[eval]'" in result.output
