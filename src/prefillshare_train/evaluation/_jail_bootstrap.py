@@ -55,4 +55,5 @@ def main() -> None:
     os._exit(0 if finished else max(1, os.waitstatus_to_exitcode(status)))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -188,33 +188,47 @@ class CodeTask(ABC):
         )
 
 
-def limits_of(seconds: float) -> Limits:
+def limits_of(seconds: float, disk: int = 64 << 20) -> Limits:
     """Limits of a run whose tests may take `seconds`."""
-    return Limits(seconds=seconds + EXTRACTION_SECONDS + START_SECONDS, memory=MEMORY)
+    return Limits(seconds + EXTRACTION_SECONDS + START_SECONDS, memory=MEMORY, disk=disk)
 
 
 def read_verdict(outcome: Outcome) -> Verdict:
     """The verdict of a run whose program is one of `_humaneval_check.py`, `_evalplus_check.py`.
 
-    Both print the extracted program before they run it, and the harness's words at the end. Right
-    is what ran to its end: they come there only if the harness passed the program.
+    Both say when the harness is ready, then print the extracted program, run it, and print the
+    harness's words. Right is what ran to its end: they come there only if the harness passed the
+    program.
+
+    Raises:
+        EvaluationError: the harness did not get ready, which no answer is to blame for.
     """
-    lines = [line for line in outcome.output.splitlines() if line]
-    first, last = (_field(lines, 0, "program"), _field(lines, -1, "result"))
+    lines = outcome.output.splitlines()
+    if not _said(lines, "ready"):
+        end = outcome.stopped or f"exit status {outcome.returncode}"
+        raise EvaluationError(
+            f"the harness did not start in the sandbox ({end}): {outcome.output[-DETAIL:]!r}"
+        )
+    program, result = _said(lines, "program"), _said(lines[::-1], "result")
     if outcome.finished:
-        return Verdict(True, first or "")
-    if outcome.stopped:
+        detail = ""
+    elif outcome.stopped:
         detail = f"stopped by the sandbox: {outcome.stopped}"
-    elif first is None:
-        detail = f"no program could be extracted: {lines[-1] if lines else 'no output'}"
+    elif not program:
+        detail = f"no program could be extracted: {lines[-1]}"
     else:
-        detail = last or f"ended without a result, exit status {outcome.returncode}"
-    return Verdict(False, first or "", detail[:DETAIL])
+        found = result[0] if result else f"no result, exit status {outcome.returncode}"
+        detail = found[:DETAIL]
+    return Verdict(outcome.finished, program[0] if program else "", detail)
 
 
-def _field(lines: Sequence[str], index: int, name: str) -> str | None:
-    try:
-        value = json.loads(lines[index])[name]
-    except (IndexError, KeyError, TypeError, ValueError):
-        return None
-    return value if isinstance(value, str) else None
+def _said(lines: Sequence[str], name: str) -> list[str]:
+    """Values of the lines that are JSON objects of the one key `name`."""
+    found = []
+    for line in lines:
+        if line.startswith(f'{{"{name}": '):
+            try:
+                found.append(str(json.loads(line)[name]))
+            except ValueError:
+                continue
+    return found

@@ -27,13 +27,15 @@ from prefillshare_train.evaluation.code_task import (
 from prefillshare_train.evaluation.sandbox import Sandbox
 from prefillshare_train.evaluation.task import EvaluationError, Verdict
 
-HUMANEVAL_CHECK = Path(__file__).with_name("_humaneval_check.py")
-EVALPLUS_CHECK = Path(__file__).with_name("_evalplus_check.py")
+HUMANEVAL_CHECK = Path(__file__).with_name("_humaneval_check.py").read_text()
+EVALPLUS_CHECK = Path(__file__).with_name("_evalplus_check.py").read_text()
 PLUS_VERSION = "v0.1.10"
 # Of the unpacked HumanEvalPlus.jsonl, v0.1.10.
 PLUS_SHA256 = "42526ec0e7d5f3ee0b06d6ced98f8c8bae3d76519151bfb3d36f79010645bd7f"
 # evalplus gives base and extra tests a minute each, and one or two seconds to end.
 EVALPLUS_SECONDS = 2 * 63.0
+# It writes the expected outputs into its cache: 150 MB for HumanEval/15.
+EVALPLUS_DISK = 512 << 20
 
 
 class HumanEvalTask(CodeTask):
@@ -93,7 +95,7 @@ class HumanEvalTask(CodeTask):
     def _check(self, problem: Problem, output: str) -> Verdict:
         job = {"output": output, "problem": problem.values, "timeout": self._timeout}
         outcome = self._sandbox.run_program(
-            HUMANEVAL_CHECK.read_text(),
+            HUMANEVAL_CHECK,
             files={"job.json": json.dumps(job).encode()},
             limits=self._limits,
         )
@@ -140,7 +142,7 @@ class HumanEvalPlusTask(CodeTask):
         problems = read_problems(data or _cached_plus(), columns.split())
         is_official = problems.digest == PLUS_SHA256
         self._min_time_limit = _positive("min_time_limit", min_time_limit)
-        self._limits = limits_of(EVALPLUS_SECONDS)
+        self._limits = limits_of(EVALPLUS_SECONDS, EVALPLUS_DISK)
         super().__init__(
             problems,
             sandbox or Sandbox(self._limits, allow_network=allow_network),
@@ -170,7 +172,7 @@ class HumanEvalPlusTask(CodeTask):
             "min_time_limit": self._min_time_limit,
         }
         outcome = self._sandbox.run_program(
-            EVALPLUS_CHECK.read_text(),
+            EVALPLUS_CHECK,
             files={"job.json": json.dumps(job).encode(), "problem.jsonl": problem.line.encode()},
             env={
                 "HUMANEVAL_OVERRIDE_PATH": "problem.jsonl",

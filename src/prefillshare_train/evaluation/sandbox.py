@@ -38,8 +38,8 @@ from prefillshare_train.evaluation.task import EvaluationError
 
 __all__ = ["Limits", "Outcome", "Sandbox"]
 
-PROBE = Path(__file__).with_name("_jail_probe.py")
-BOOTSTRAP = Path(__file__).with_name("_jail_bootstrap.py")
+PROBE = Path(__file__).with_name("_jail_probe.py").read_text()
+BOOTSTRAP = Path(__file__).with_name("_jail_bootstrap.py").read_text()
 NOBODY = 65534
 
 
@@ -150,7 +150,7 @@ class Sandbox:
         """
         proof = secrets.token_hex(32)
         outcome = self.run(
-            [sys.executable, "-c", BOOTSTRAP.read_text()],
+            [sys.executable, "-c", BOOTSTRAP],
             stdin=proof.encode(),
             files={**(files or {}), "program.py": program.encode(errors="replace")},
             collect=collect,
@@ -182,7 +182,7 @@ class Sandbox:
             folder.chmod(0o777)
             canary.chmod(0o666)
             limits = [str(self.limits.processes), str(self.limits.disk)]
-            command = [sys.executable, "-c", PROBE.read_text(), str(canary), *limits]
+            command = [sys.executable, "-c", PROBE, str(canary), *limits]
             outcome = run_jailed(kind, command, self.limits)
             facts: dict[str, bool] = json.loads(outcome.output)
             unchanged = canary.read_text() == "alive" and list(folder.iterdir()) == [canary]
