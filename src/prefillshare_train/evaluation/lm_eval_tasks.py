@@ -90,7 +90,6 @@ class LmEvalTask:
                 f"there is no lm-eval task {name!r} in {folder}; there are {', '.join(known)}"
             )
         config = load_yaml(path)
-        config.pop("tag", None)
         version = config["metadata"]["version"]
         data_file = config["metadata"]["data_file"]
         config["metadata"]["data_dir"] = str(data_dir)
