@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.evaluation.sandboxes import sandbox_or_skip
 
 from prefillshare_train.evaluation.code_task import CodeTask, limits_of
 from prefillshare_train.evaluation.humaneval import HumanEvalPlusTask, HumanEvalTask
@@ -43,10 +44,7 @@ RIGHT = "def triple(n):\n    return n + n + n\n"
 
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
-    try:
-        return Sandbox(limits_of(3))
-    except EvaluationError as error:
-        pytest.skip(f"no namespaces here: {error}")
+    return sandbox_or_skip(limits_of(3))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.evaluation.sandboxes import sandbox_or_skip
 
 from prefillshare_train.evaluation import sandbox as sandbox_module
 from prefillshare_train.evaluation.jail import Kind, Outcome, run_jailed
@@ -75,10 +76,7 @@ os._exit(0)
 
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
-    try:
-        return Sandbox(LIMITS)
-    except EvaluationError as error:
-        pytest.skip(f"no namespaces here: {error}")
+    return sandbox_or_skip(LIMITS)
 
 
 @pytest.fixture
