@@ -41,7 +41,7 @@ def jsonl(
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is not there. Name the directory that holds {data_file} with "
-            f"--metadata data_dir=DIR or {DATA_DIR_VARIABLE}"
+            f"prefillshare eval --data DIR, lm-eval --metadata data_dir=DIR, or {DATA_DIR_VARIABLE}"
         )
     rows = []
     with path.open(encoding="utf-8") as file:

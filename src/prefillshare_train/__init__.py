@@ -28,6 +28,7 @@ _HOMES = {
     "load_decoder": "core.loading",
     "load_recipe": "training.recipe",
     "run_training": "training.run",
+    "saved_renderer": "data",
 }
 
 __all__ = sorted(_HOMES)

@@ -40,6 +40,9 @@ def evaluate(
         Literal["chat_template", "prompting"],
         typer.Option(help="The template's tool calling, or BFCL's prompt."),
     ] = "chat_template",
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The longest answer; the benchmark's own otherwise.")
+    ] = None,
     chat_template: Annotated[
         str | None,
         typer.Option(help="Without decoders: a .jinja file or packaged name."),
@@ -83,6 +86,7 @@ def evaluate(
             tasks.split(","),
             data,
             bfcl_style=bfcl_style,
+            max_new_tokens=max_new_tokens,
             allow_network=allow_network,
         )
         contestants = Contestants(

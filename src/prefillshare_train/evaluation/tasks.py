@@ -26,6 +26,7 @@ def make_tasks(
     data: Path,
     *,
     bfcl_style: Style = "chat_template",
+    max_new_tokens: int | None = None,
     allow_network: bool = False,
 ) -> list[Task]:
     """Build benchmarks.
@@ -34,25 +35,29 @@ def make_tasks(
         names: from `NAMES`.
         data: folder with `gsm8k`, `gsm_plus`, `humaneval`, `humaneval_plus` and `bfcl_v4`.
         bfcl_style: how BFCL's functions are shown.
+        max_new_tokens: the longest answer; the benchmark's own default where None.
         allow_network: judge code even where its network cannot be cut off.
 
     Raises:
         EvaluationError: a name is not known.
     """
+    lengths = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     makers: dict[str, Callable[[], Task]] = {
-        "gsm8k": lambda: LmEvalTask.from_file("gsm8k", data / "gsm8k"),
-        "gsm_plus": lambda: LmEvalTask.from_file("gsm_plus", data / "gsm_plus"),
+        "gsm8k": lambda: LmEvalTask.from_file("gsm8k", data, **lengths),
+        "gsm_plus": lambda: LmEvalTask.from_file("gsm_plus", data, **lengths),
         "humaneval": lambda: HumanEvalTask(
-            data / "humaneval" / "HumanEval.jsonl.gz", allow_network=allow_network
+            data / "humaneval" / "HumanEval.jsonl.gz", allow_network=allow_network, **lengths
         ),
         "humaneval_plus": lambda: HumanEvalPlusTask(
-            data / "humaneval_plus" / "HumanEvalPlus.jsonl.gz", allow_network=allow_network
+            data / "humaneval_plus" / "HumanEvalPlus.jsonl.gz",
+            allow_network=allow_network,
+            **lengths,
         ),
         "bfcl_simple_python": lambda: BfclTask(
-            "simple_python", data / "bfcl_v4", style=bfcl_style, env_dir=BFCL_ENVIRONMENT
+            "simple_python", data / "bfcl_v4", style=bfcl_style, env_dir=BFCL_ENVIRONMENT, **lengths
         ),
         "bfcl_multiple": lambda: BfclTask(
-            "multiple", data / "bfcl_v4", style=bfcl_style, env_dir=BFCL_ENVIRONMENT
+            "multiple", data / "bfcl_v4", style=bfcl_style, env_dir=BFCL_ENVIRONMENT, **lengths
         ),
     }
     wanted = [name.strip() for name in names if name.strip()]
