@@ -1,0 +1,164 @@
+"""Evaluation speed beside lm-eval's own HFLM, on the same items, model and machine.
+
+    python benchmarks/eval_speed.py --base .cache/models/smollm2-135m-instruct \\
+        --decoder runs/a/decoder --decoder runs/b/decoder --decoder runs/c/decoder [--items 32]
+
+Three LoRA decoders answer the same prompts: HFLM with `peft=` one after another, each prefilling
+for itself, and ours off one prefill; and one decoder alone both ways. Greedy, the same dtype, batch
+size, stop strings and longest answer. Rounds are interleaved and medians reported; loading is not
+timed. Prompts are BFCL multiple (long prompts, short answers) and GSM8K. HFLM's decoders read their
+own prompts' K/V and ours the base's, so that answers differ; tokens generated are printed beside
+the times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from rich.console import Console
+from rich.table import Table
+from train_speed import machine
+
+from prefillshare_train.evaluation.answering import answer
+from prefillshare_train.evaluation.contestants import Contestants, DecoderSpec
+from prefillshare_train.evaluation.prompts import Prompt, render
+from prefillshare_train.evaluation.tasks import make_tasks
+from prefillshare_train.evaluation.variants import Variant, variants_of
+
+TASKS = ("bfcl_multiple", "gsm8k")
+
+
+def hflm(base: str, decoder: Path, dtype: str, batch_size: int) -> HFLM:
+    """lm-eval's model with a decoder as a plain adapter."""
+    return HFLM(
+        pretrained=base,
+        peft=str(decoder),
+        dtype=dtype,
+        batch_size=batch_size,
+        device="cpu",
+        max_length=8192,
+    )
+
+
+def hflm_run(models: list[HFLM], prompts: list[Prompt], texts: list[str], ends: list[str]) -> int:
+    """Every model answers every prompt; response tokens generated, as its tokenizer counts them."""
+    count = 0
+    for model in models:
+        requests = [
+            Instance(
+                request_type="generate_until",
+                doc={},
+                arguments=(
+                    text,
+                    {
+                        "until": [*prompt.item.stop, *ends],
+                        "max_gen_toks": prompt.item.max_new_tokens,
+                        "do_sample": False,
+                    },
+                ),
+                idx=number,
+            )
+            for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+        ]
+        for output in model.generate_until(requests, disable_tqdm=True):
+            count += len(model.tok_encode(output))
+    return count
+
+
+def our_run(
+    contestants: Contestants, variants: list[Variant], prompts: list[Prompt], batch_size: int
+) -> int:
+    """Every variant answers every prompt off one prefill; response tokens generated."""
+    wanted = [(prompt, variants) for prompt in prompts]
+    groups = answer(contestants, wanted, batch_size=batch_size, prefill_tokens=32768)
+    return sum(answered.tokens for group in groups for answered in group)
+
+
+def timed(run: Callable[[], int]) -> tuple[float, int]:
+    """Seconds, and tokens generated."""
+    start = time.perf_counter()
+    tokens = run()
+    return time.perf_counter() - start, tokens
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--decoder", action="append", type=Path, required=True)
+    parser.add_argument("--items", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--task", action="append", choices=TASKS)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/eval_speed.json"))
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    specs = [DecoderSpec(f"decoder{i}", folder) for i, folder in enumerate(options.decoder)]
+    contestants = Contestants(options.base, specs, dtype=getattr(torch, options.dtype))
+    variants = variants_of(contestants.decoders, "base", [])
+    models = [hflm(options.base, d, options.dtype, options.batch_size) for d in options.decoder]
+    renderer = contestants.renderer
+    ends = [renderer.decode([token]) for token in renderer.end_token_ids]
+    rows: list[dict[str, Any]] = []
+    for task in make_tasks(options.task or TASKS, options.data):
+        items = task.items()[: options.items]
+        prompts = render(items, renderer, contestants.position_count)
+        texts = [renderer.decode(prompt.ids) for prompt in prompts]
+        runs: dict[str, Callable[[], int]] = {
+            "HFLM, all": lambda p=prompts, t=texts: hflm_run(models, p, t, ends),
+            "ours, all": lambda p=prompts: our_run(contestants, variants, p, options.batch_size),
+            "HFLM, one": lambda p=prompts, t=texts: hflm_run(models[:1], p, t, ends),
+            "ours, one": lambda p=prompts: our_run(
+                contestants, variants[:1], p, options.batch_size
+            ),
+        }
+        found: dict[str, list[tuple[float, int]]] = {name: [] for name in runs}
+        for _ in range(options.rounds):
+            for name, run in runs.items():
+                found[name].append(timed(run))
+        seconds = {n: statistics.median(s for s, _ in values) for n, values in found.items()}
+        rows.append(
+            {
+                "task": task.name,
+                "items": len(items),
+                "decoders": len(options.decoder),
+                "seconds": seconds,
+                "output_tokens": {n: values[0][1] for n, values in found.items()},
+                "all_to_hflm": seconds["ours, all"] / seconds["HFLM, all"],
+                "one_to_hflm": seconds["ours, one"] / seconds["HFLM, one"],
+            }
+        )
+    table = Table(title=f"{machine()}; {options.dtype}, batches of {options.batch_size}")
+    for column in ("task", "items", *rows[0]["seconds"], "all / HFLM", "one / HFLM"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        cells = [
+            f"{row['seconds'][n]:.1f} s, {row['output_tokens'][n]} tokens" for n in row["seconds"]
+        ]
+        ratios = (f"{row['all_to_hflm']:.2f}", f"{row['one_to_hflm']:.2f}")
+        table.add_row(row["task"], str(row["items"]), *cells, *ratios)
+    Console(width=150).print(table)
+    settings = {"dtype": options.dtype, "batch_size": options.batch_size, "rounds": options.rounds}
+    text = json.dumps({"machine": machine(), **settings, "rows": rows}, indent=2)
+    options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
