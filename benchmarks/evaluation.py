@@ -46,10 +46,10 @@ class Part:
     options: tuple[str, ...] = ()
     base: bool = True
 
-    def command(self, adapter: str, out: Path) -> list[str]:
-        """Arguments of `prefillshare`."""
+    def command(self, adapter: str, out: Path, *, base: bool) -> list[str]:
+        """Arguments of `prefillshare`; `base` False leaves the base out in any case."""
         found = ["eval", "--base", MODEL, "--tasks", self.tasks, "--out", str(out)]
-        if self.base:
+        if self.base and base:
             found += ["--decoder", "base"]
         for name, method in (("sft", "full_prompt"), ("ours", "prefillshare")):
             folder = RUNS / self.task / adapter / method / "decoder"
@@ -82,13 +82,16 @@ def main() -> None:
     )
     parser.add_argument("--part", choices=PARTS, action="append", help="all where not given")
     parser.add_argument("--adapter", choices=("lora", "none"), default="lora")
+    parser.add_argument(
+        "--no-base", action="store_true", help="leave out the base, which seldom ends an answer"
+    )
     options = parser.parse_args()
     held = json.loads(RESULTS.read_text())["tables"] if RESULTS.is_file() else []
     for name in options.part or PARTS:
         part = PARTS[name]
         key = f"{name}-{options.adapter}"
         out = PLACE / key
-        command = part.command(options.adapter, out)
+        command = part.command(options.adapter, out, base=not options.no_base)
         run(command)
         pictures = PLACE / f"{key}-comparison"
         run(["compare", str(out), "--out", str(pictures)])
