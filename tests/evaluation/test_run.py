@@ -171,6 +171,9 @@ def test_the_summary_counts_what_the_items_say(folder: Path, tmp_path: Path) -> 
     assert saving["base_tokens_if_apart"] == sum(shared)
     assert saving["base_tokens"] == sum(shared) / 3, "the base ran a prompt more than once"
     assert summary["tasks"]["vowels"]["notes"] == ["Made up."]
+    assert summary["contracts"]["sft"]["method"] == "full_prompt"
+    times = [row["decode_seconds"] for row in summary["results"]]
+    assert summary["wall_seconds"] == pytest.approx(sum(times) + saving["prefill_seconds"], abs=0.1)
 
 
 def test_the_base_runs_each_prompt_once_for_all_variants(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -60,6 +62,7 @@ class Decoder:
         rule: who runs which prompt token.
         identity: SHA-256 of its weight files; the base's fingerprint for `base`.
         mismatch: what in its contract does not fit; empty where all does.
+        contract: the contract as JSON values; empty for `base`.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Decoder:
     identity: str
     adapter: str
     mismatch: str = ""
+    contract: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 class Contestants:
@@ -138,6 +142,7 @@ class Contestants:
                     _identity(spec.folder),
                     contract.adapter,
                     mismatch,
+                    dataclasses.asdict(contract),
                 )
             )
         self.prefill = PrefillModule(self._shared)

@@ -242,7 +242,14 @@ def _summary(
             "batch_size": limits.batch_size,
             "end_token_ids": list(contestants.renderer.end_token_ids),
         },
+        "contracts": {d.name: d.contract for d in contestants.decoders if d.contract},
         "items": limits.items,
+        # Of answering, over all starts of the run; judging is left out.
+        "wall_seconds": round(
+            sum(row["decode_seconds"] for row in rows)
+            + sum(task["prefill_seconds"] for task in saved.values()),
+            1,
+        ),
         "device": str(contestants.prefill.device),
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in packages},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from prefillshare_train.evaluation.bfcl import BfclTask, Style
 from prefillshare_train.evaluation.humaneval import HumanEvalPlusTask, HumanEvalTask
@@ -41,7 +42,7 @@ def make_tasks(
     Raises:
         EvaluationError: a name is not known.
     """
-    lengths = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    lengths: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     makers: dict[str, Callable[[], Task]] = {
         "gsm8k": lambda: LmEvalTask.from_file("gsm8k", data, **lengths),
         "gsm_plus": lambda: LmEvalTask.from_file("gsm_plus", data, **lengths),
