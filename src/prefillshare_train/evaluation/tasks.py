@@ -11,7 +11,6 @@ from prefillshare_train.evaluation.humaneval import HumanEvalPlusTask, HumanEval
 from prefillshare_train.evaluation.lm_eval_tasks import LmEvalTask
 from prefillshare_train.evaluation.task import EvaluationError, Task
 
-BFCL_ENVIRONMENT = Path(".cache/bfcl-env")
 NAMES = (
     "gsm8k",
     "gsm_plus",
@@ -55,10 +54,10 @@ def make_tasks(
             **lengths,
         ),
         "bfcl_simple_python": lambda: BfclTask(
-            "simple_python", data / "bfcl_v4", style=bfcl_style, env_dir=BFCL_ENVIRONMENT, **lengths
+            "simple_python", data / "bfcl_v4", style=bfcl_style, **lengths
         ),
         "bfcl_multiple": lambda: BfclTask(
-            "multiple", data / "bfcl_v4", style=bfcl_style, env_dir=BFCL_ENVIRONMENT, **lengths
+            "multiple", data / "bfcl_v4", style=bfcl_style, **lengths
         ),
     }
     wanted = [name.strip() for name in names if name.strip()]
