@@ -25,7 +25,7 @@ RECIPES = Path("recipes/smollm2-135m")
 RUNS = Path("runs/held_out")
 RESULTS = Path("benchmarks/results/held_out.json")
 ADAPTERS: dict[str, list[str]] = {"lora": [], "none": [str(RECIPES / "full.yaml")]}
-TASKS = {"tool_calling": 100, "math": 200, "code": 50}  # and the turns that each answers
+TASKS = {"tool_calling": 100, "math": 100, "code": 50}  # and the turns that each answers
 METHODS = ("prefillshare", "full_prompt")
 PREFILLSHARE = [sys.executable, "-c", "from prefillshare_train.cli.main import main; main()"]
 
