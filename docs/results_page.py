@@ -45,7 +45,8 @@ def held_out() -> list[str]:
         "`method=prefillshare` and with `method=full_prompt`, LoRA and full, and compares them by "
         "`prefillshare held-out`. Loss is in nats a response token, over all held-out turns; exact "
         "match is over n greedy answers. Code is compared as text there, so that its exact match "
-        "says little; its loss does.",
+        "says little; its loss does. Minutes are those of the last start of a run, and other work "
+        "was going on beside it at times: for speed see `make bench-train`.",
         f"SmolLM2-135M-Instruct; {machine_of(found)}.",
     ]
     for task, title in TASKS.items():
