@@ -54,7 +54,7 @@ bench-attention: $(INSTALLED) ## Measure the CPU attention kernel beside SDPA
 bench-train: $(WEIGHTS) ## Measure training speed and memory side by side (QUICK=1: under 3 minutes)
 	$(PYTHON) benchmarks/train_speed.py --model $(MODEL) $(if $(QUICK),--quick)
 
-results: $(WEIGHTS) ## Train the SmolLM2-135M recipes by both methods and compare them (hours)
+results: $(WEIGHTS) ## Train the SmolLM2-135M recipes by both methods and compare them (two hours)
 	$(PYTHON) benchmarks/held_out.py
 	$(PYTHON) docs/generate.py
 
