@@ -1,0 +1,1 @@
+"""A regular package: one that the harnesses bring along is called `tests` too, and would win."""
