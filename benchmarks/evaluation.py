@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument(
         "--no-base", action="store_true", help="leave out the base, which seldom ends an answer"
     )
+    parser.add_argument("--limit", type=int, help="first items of each benchmark")
     options = parser.parse_args()
     held = json.loads(RESULTS.read_text())["tables"] if RESULTS.is_file() else []
     for name in options.part or PARTS:
@@ -92,6 +93,8 @@ def main() -> None:
         key = f"{name}-{options.adapter}"
         out = PLACE / key
         command = part.command(options.adapter, out, base=not options.no_base)
+        if options.limit:
+            command += ["--limit", str(options.limit)]
         run(command)
         pictures = PLACE / f"{key}-comparison"
         run(["compare", str(out), "--out", str(pictures)])

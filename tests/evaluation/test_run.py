@@ -260,7 +260,12 @@ def test_more_items_and_decoders_are_added_to_what_is_there(folder: Path, tmp_pa
     loaded = contestants(folder, "ours", "other")
     path = evaluate(loaded, variants_of(loaded.decoders, None, []), [task], tmp_path, LIMITS)
     assert len(task.judged) == 5 + 7
-    assert [row["n"] for row in json.loads(path.read_text())["results"]] == [7, 7]
+    summary = json.loads(path.read_text())
+    assert [row["n"] for row in summary["results"]] == [7, 7]
+    path = evaluate(loaded, variants_of(loaded.decoders[:1], None, []), [Vowels()], tmp_path, few)
+    again = json.loads(path.read_text())["shared_prefill"]["vowels"]
+    assert again["base_tokens_if_apart"] == again["base_tokens"], "counts what is not in the report"
+    assert again["base_tokens"] < summary["shared_prefill"]["vowels"]["base_tokens"]
 
 
 def test_two_tasks_that_ask_the_same_are_answered_once(

@@ -69,7 +69,15 @@ def evaluate(
         _take_over(variants, task, prompts[task.name], folder, [t.name for t in tasks])
         _answer(contestants, variants, task, prompts[task.name], folder, limits)
         rows += _judge(variants, task, prompts[task.name], folder)
-        saved[task.name] = _prefill_saving(folder.outputs(task.name))
+        counted = {prompt.item.item_id for prompt in prompts[task.name]}
+        keys = {variant.key for variant in variants}
+        saved[task.name] = _prefill_saving(
+            [
+                record
+                for record in folder.outputs(task.name)
+                if record["item_id"] in counted and record["variant"] in keys
+            ]
+        )
         write_json(out / "summary.json", _summary(contestants, tasks, limits, rows, saved))
     return out / "summary.json"
 
