@@ -14,7 +14,6 @@ the times.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import statistics
@@ -35,6 +34,7 @@ from train_speed import machine
 from prefillshare_train.evaluation.answering import answer
 from prefillshare_train.evaluation.contestants import Contestants, DecoderSpec
 from prefillshare_train.evaluation.prompts import Prompt, render
+from prefillshare_train.evaluation.records import write_json
 from prefillshare_train.evaluation.tasks import make_tasks
 from prefillshare_train.evaluation.variants import Variant, variants_of
 
@@ -156,8 +156,7 @@ def main() -> None:
         table.add_row(row["task"], str(row["items"]), *cells, *ratios)
     Console(width=150).print(table)
     settings = {"dtype": options.dtype, "batch_size": options.batch_size, "rounds": options.rounds}
-    text = json.dumps({"machine": machine(), **settings, "rows": rows}, indent=2)
-    options.out.write_text(text + "\n")
+    write_json(options.out, {"machine": machine(), **settings, "rows": rows})
 
 
 if __name__ == "__main__":

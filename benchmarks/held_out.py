@@ -21,6 +21,8 @@ from typing import Any
 
 from train_speed import machine
 
+from prefillshare_train.evaluation.records import write_json
+
 RECIPES = Path("recipes/smollm2-135m")
 RUNS = Path("runs/held_out")
 RESULTS = Path("benchmarks/results/held_out.json")
@@ -81,10 +83,7 @@ def main() -> None:
             rows = compare(task, adapter)
             held = [r for r in held if (r["task"], r["adapter"]) != (task, adapter)] + rows
             versions = {name: version(name) for name in ("torch", "transformers", "peft")}
-            text = json.dumps({"machine": machine(), "versions": versions, "rows": held}, indent=2)
-            beside = RESULTS.with_suffix(".tmp")
-            beside.write_text(text + "\n")
-            beside.replace(RESULTS)
+            write_json(RESULTS, {"machine": machine(), "versions": versions, "rows": held})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ over kinds. Matrix products are what a FLOP bound counts; the rest is what keeps
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -24,6 +23,8 @@ from speed_plans import matmul_rate
 from speed_workloads import Case, random_workload
 from torch.profiler import ProfilerActivity, profile
 from train_speed import machine
+
+from prefillshare_train.evaluation.records import write_json
 
 KINDS = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm", "linear", "mkldnn"),
@@ -89,8 +90,7 @@ def main() -> None:
         cells = [f"{row['seconds'].get(kind, 0) / whole:.0%}" for kind in kinds]
         table.add_row(row["dtype"], row["adapter"], row["method"], f"{whole:.2f}", *cells)
     console.print(table)
-    text = json.dumps({"machine": machine(), "rows": found}, indent=2)
-    options.out.write_text(text + "\n")
+    write_json(options.out, {"machine": machine(), "rows": found})
 
 
 if __name__ == "__main__":

@@ -134,6 +134,19 @@ def test_two_results_under_one_name_are_refused(tmp_path: Path) -> None:
         compare([tmp_path / "nothing"])
 
 
+def test_a_conditioned_decoder_that_ran_its_own_prompts_has_a_row_of_its_own(
+    tmp_path: Path,
+) -> None:
+    alone = row("PrefillShare", "ours--self", boundary=None, prefill="self", sharing_ratio=0.0)
+    entries = [(row("PrefillShare", "ours--last_token"), "11"), (alone, "00")]
+    comparison = compare([write_run(tmp_path, entries)])
+    shown = {result.name: result.row["score"] for result in comparison.results}
+    assert shown == {
+        "PrefillShare (ours)": 1.0,
+        "PrefillShare without the base's cache (ours)": 0.0,
+    }
+
+
 def test_names_are_escaped_in_html(tmp_path: Path) -> None:
     entry = row("PrefillShare", "x--last_token", decoder="<script>")
     page = html(compare([write_run(tmp_path, [(entry, "1")])]), [])

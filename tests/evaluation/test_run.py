@@ -339,6 +339,22 @@ def test_a_base_that_no_contract_names_is_refused_unless_allowed(
     assert "base fingerprint" in row["contract_mismatch"]
 
 
+def test_a_decoder_may_have_a_dot_in_its_name(folder: Path, tmp_path: Path) -> None:
+    specs = [
+        DecoderSpec.parse(f"v1.{n}={folder / name / 'decoder'}")
+        for n, name in enumerate(("ours", "other"))
+    ]
+    dotted = Contestants(str(folder / "base"), specs)
+    plain = contestants(folder, "ours", "other")
+    evaluate(dotted, variants_of(dotted.decoders, None, []), [Vowels()], tmp_path / "a", LIMITS)
+    evaluate(plain, variants_of(plain.decoders, None, []), [Vowels()], tmp_path / "b", LIMITS)
+    found, expected = outputs(tmp_path / "a"), outputs(tmp_path / "b")
+    for dot, name in (("v1.0", "ours"), ("v1.1", "other")):
+        for item in (f"v/{n}" for n in range(7)):
+            same = found[f"{dot}--last_token", item], expected[f"{name}--last_token", item]
+            assert same[0]["output"] == same[1]["output"]
+
+
 def test_names(folder: Path) -> None:
     assert DecoderSpec.parse(str(folder / "ours" / "decoder")).name == "ours"
     assert DecoderSpec.parse(f"tools={folder / 'ours' / 'decoder'}").name == "tools"

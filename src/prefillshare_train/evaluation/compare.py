@@ -34,6 +34,8 @@ class Result:
         label = str(self.row["label"])
         if self.row["boundary"] and str(self.row["boundary"]).startswith("ratio:"):
             label = f"{label} at ratio {ratio:g}"
+        elif label == "PrefillShare" and self.row["prefill"] == "self":
+            label = f"{label} without the base's cache"
         return label if self.row["label"] == "base" else f"{label} ({self.row['decoder']})"
 
 

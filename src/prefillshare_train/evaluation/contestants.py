@@ -112,6 +112,7 @@ class Contestants:
         plain = load_causal_lm(base, dtype=self.dtype, revision=revision, device=device)
         self.base_fingerprint = weights_fingerprint(plain)
         self._full: dict[str, nn.Module] = {}
+        self._adapters: dict[str, str] = {}
         self._shared: nn.Module = plain
         self.decoders: list[Decoder] = []
         self.renderer = self._renderer(base, revision, specs, contracts, chat_template)
@@ -177,14 +178,14 @@ class Contestants:
     def _load(self, name: str, folder: Path, contract: Contract, device: str | None) -> None:
         if contract.adapter == "none":
             self._full[name] = load_causal_lm(str(folder), dtype=self.dtype, device=device).eval()
-        elif isinstance(self._shared, PeftModel):
-            self._shared.load_adapter(str(folder), adapter_name=name)
+            return
+        # PEFT keeps adapters as submodules, whose names may not hold a dot; a decoder's may.
+        adapter = self._adapters[name] = f"decoder_{len(self._adapters)}"
+        if isinstance(self._shared, PeftModel):
+            self._shared.load_adapter(str(folder), adapter_name=adapter)
         else:
-            self._shared = PeftModel.from_pretrained(
-                self._shared,
-                str(folder),
-                adapter_name=name,
-            ).eval()
+            shared = PeftModel.from_pretrained(self._shared, str(folder), adapter_name=adapter)
+            self._shared = shared.eval()
 
     @contextlib.contextmanager
     def running(self, decoder: Decoder) -> Iterator[nn.Module]:
@@ -196,7 +197,7 @@ class Contestants:
             yield self._full[decoder.name]
         else:
             assert isinstance(self._shared, PeftModel)
-            self._shared.set_adapter(decoder.name)
+            self._shared.set_adapter(self._adapters[decoder.name])
             yield self._shared
 
     @property
