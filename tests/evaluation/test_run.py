@@ -32,6 +32,7 @@ data: {{train: {{source: {rows}}}, eval_fraction: 0.3}}
 training: {{output_dir: replaced, max_steps: 3, learning_rate: 0.02, report_to: none,
            per_device_train_batch_size: 4, use_cpu: true, disable_tqdm: true}}
 """
+STOP = "7"  # said now and then by the lively models below
 LIMITS = Limits(batch_size=3, prefill_tokens=60)
 
 
@@ -52,7 +53,7 @@ class Vowels:
                 f"v/{n}",
                 ({"role": "user", "content": "Say " + "so " * n + "on"},),
                 response_prefix="Well" if n % 2 else "",
-                stop=("e",),
+                stop=(STOP,),
                 max_new_tokens=4 + n,
             )
             for n in range(self.count)
@@ -130,6 +131,7 @@ def test_every_variant_answers_as_it_would_alone(folder: Path, tmp_path: Path) -
     assert len(found) == 6 * 7
     spoken = {tuple(found[v.key, f"v/{n}"]["output"] for n in range(7)) for v in variants}
     assert len(spoken) == 6, "two variants say the same, so that mixing them up would not show"
+    stopped_early = 0
     for variant in variants:
         # One decoder alone, one prompt at a time, with nothing shared.
         alone = contestants(folder, variant.decoder.name)
@@ -149,11 +151,19 @@ def test_every_variant_answers_as_it_would_alone(folder: Path, tmp_path: Path) -
                     max_new_tokens=item.max_new_tokens,
                     stop_ids=alone.renderer.end_token_ids,
                 )
-            text = alone.renderer.decode(answer, skip_special_tokens=True).partition("e")[0]
+            texts = [
+                alone.renderer.decode(answer[: n + 1], skip_special_tokens=True)
+                for n in range(len(answer))
+            ]
+            stopped = [n + 1 for n, text in enumerate(texts) if STOP in text]
+            text = texts[-1].partition(STOP)[0]
             record = found[variant.key, item.item_id]
+            assert record["output_tokens"] == (stopped or [len(answer)])[0]
+            stopped_early += bool(stopped) and stopped[0] < len(answer)
             assert record["output"] == text
             assert record["base_tokens"] == cut
             assert record["prompt_tokens"] == len(ids)
+    assert stopped_early, "no answer reached its stop string, so that going on would not show"
 
 
 def test_the_summary_counts_what_the_items_say(folder: Path, tmp_path: Path) -> None:
@@ -296,6 +306,9 @@ def test_two_tasks_that_ask_the_same_are_answered_once(
     for (variant, item), record in outputs(tmp_path).items():
         if variant == "ours--last_token":
             assert judged[f"a/{item}"]["output"] == record["output"]
+    lines = (tmp_path / "outputs" / "again.jsonl").read_text()
+    evaluate(loaded, variants, [Vowels(), Again()], tmp_path, LIMITS)
+    assert (tmp_path / "outputs" / "again.jsonl").read_text() == lines, "taken over twice"
     saved = json.loads(path.read_text())["shared_prefill"]
     assert saved["again"]["base_tokens"] < saved["vowels"]["base_tokens"]
 
