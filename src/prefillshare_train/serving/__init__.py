@@ -1,0 +1,1 @@
+"""Serving: one prefill and one KV cache for every decoder."""

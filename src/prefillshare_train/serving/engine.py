@@ -1,0 +1,470 @@
+"""The engine: one loop that admits, decodes and prefills, and one thread that runs it."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from prefillshare_train.data import Renderer
+from prefillshare_train.serving.api import (
+    EngineStats,
+    EngineStoppedError,
+    Event,
+    EventSink,
+    FinishReason,
+    Generation,
+    GenerationRequest,
+    QueueFullError,
+    ServingError,
+)
+from prefillshare_train.serving.config import EngineConfig
+from prefillshare_train.serving.intake import Intake
+from prefillshare_train.serving.kv_storage import KVGeometry, KVStorage
+from prefillshare_train.serving.models import ServedModels
+from prefillshare_train.serving.prefix_cache import PrefixCache
+from prefillshare_train.serving.sampling import pick_tokens
+from prefillshare_train.serving.scheduler import Scheduler
+from prefillshare_train.serving.sequence import Sequence, State
+from prefillshare_train.serving.sessions import SessionTable
+from prefillshare_train.serving.workers import (
+    InlineWorker,
+    PrefillReport,
+    PrefillWorker,
+    ThreadWorker,
+)
+
+logger = logging.getLogger(__name__)
+_IDLE_S = 0.05
+_RATE_WINDOW = 64
+
+
+class Engine:
+    """Serves every decoder of a base off one prefill and one pool of KV blocks.
+
+    Use it as a context manager, or call `start` and `stop`. All public methods may be called from
+    any thread; sinks are called in the engine's thread. Without `start`, `step` drives it by hand.
+
+    Args:
+        models: what to serve.
+        config: see `EngineConfig`.
+
+    Raises:
+        ServingError: the byte budget does not hold two blocks a prefill worker.
+    """
+
+    def __init__(self, models: ServedModels, config: EngineConfig | None = None) -> None:
+        self.models = models
+        self.config = config or EngineConfig()
+        geometry = KVGeometry.of(models.base)
+        block_bytes = geometry.token_bytes * self.config.block_tokens
+        each = self.config.kv_bytes // block_bytes // self.config.prefill_workers
+        if each < 2:
+            raise ServingError(
+                f"kv_bytes ({self.config.kv_bytes}) holds fewer than two blocks of {block_bytes} "
+                f"bytes for each of {self.config.prefill_workers} prefill workers; raise it"
+            )
+        total = each * self.config.prefill_workers
+        self.storage = KVStorage(
+            geometry, total, self.config.block_tokens, device=models.base.device
+        )
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._caches = {
+            number: PrefixCache(
+                self.storage,
+                range(number * each, (number + 1) * each),
+                self.config.staging_bytes // self.config.prefill_workers,
+            )
+            for number in range(self.config.prefill_workers)
+        }
+        self._intake = Intake(models, self.config, self.storage, each)
+        reserve = -(-self.config.session_tokens // self.config.block_tokens)
+        self._sessions = SessionTable(
+            min(reserve, each), self.config.session_idle_s, self._release_pinned
+        )
+        self._scheduler = Scheduler(self.config, self.storage, self._caches, self._sessions)
+        self._workers = {number: self._make_worker(number) for number in self._caches}
+        self._batches: dict[int, list[tuple[Sequence, int]]] = {}
+        self._live: dict[str, Sequence] = {}
+        self._lock = threading.Lock()
+        self._accepting = True
+        self._queued = 0
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._sums: Counter[str] = Counter()
+        self._finished: Counter[str] = Counter()
+        self._prefill_seconds = self._decode_seconds = 0.0
+        self._ends: list[float] = []
+
+    def _make_worker(self, number: int) -> PrefillWorker:
+        if self.config.disaggregated:
+            from prefillshare_train.serving.disaggregated import ProcessWorker
+
+            return ProcessWorker(number, self.models, self.storage, self._receive)
+        kind = InlineWorker if self.config.prefill_workers == 1 else ThreadWorker
+        return kind(number, self.models.base, self.storage, self._receive)
+
+    # -- what callers use -------------------------------------------------------------------
+
+    @property
+    def decoders(self) -> tuple[str, ...]:
+        """Names of the served decoders."""
+        return tuple(self.models.decoders)
+
+    @property
+    def renderer(self) -> Renderer:
+        """Makes prompts as the decoders were trained on, and decodes token ids."""
+        return self.models.renderer
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Longest prompt that can ever be served with one response token."""
+        return self._intake.max_prompt_tokens
+
+    def submit(self, request: GenerationRequest, sink: EventSink) -> None:
+        """Queue a request; its events go to `sink` until one has a finish reason.
+
+        Raises:
+            ServingError: it can never be served.
+            QueueFullError: the queue is full.
+            EngineStoppedError: the engine drains or has stopped.
+        """
+        seq = self._intake.sequence(request, sink)
+        with self._lock:
+            if not self._accepting:
+                raise EngineStoppedError("the engine is stopping and takes no more requests")
+            if request.request_id in self._live:
+                raise ServingError(f"a request called {request.request_id} is running")
+            if self._queued >= self.config.max_waiting:
+                raise QueueFullError(self._queued, self._retry_after())
+            self._queued += 1
+            self._live[request.request_id] = seq
+        self._inbox.put(lambda: self._scheduler.waiting.append(seq))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request within one step and free its blocks; unknown ones are ignored."""
+        self._inbox.put(lambda: self._cancel(request_id))
+
+    def end_session(self, session: str) -> None:
+        """Give up a session's reservation; unknown ones are ignored."""
+        self._inbox.put(lambda: self._sessions.end(session))
+
+    def generate(self, request: GenerationRequest) -> Generation:
+        """Submit a request and wait for the whole response; the engine must have been started.
+
+        Raises:
+            See `submit`.
+        """
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.submit(request, events.put)
+        collected = [events.get()]
+        while collected[-1].finish_reason is None:
+            collected.append(events.get())
+        return Generation.of(collected)
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges of now."""
+        scheduler, caches = self._scheduler, list(self._caches.values())
+        pools = [cache.pool for cache in caches]
+        block_bytes = self.storage.block_bytes
+        return EngineStats(
+            waiting=self._queued,
+            prefilling=len(scheduler.prefilling),
+            decoding=len(scheduler.ready) + len(scheduler.decoding),
+            sessions=len(self._sessions),
+            sessions_waiting=scheduler.sessions_waiting,
+            blocks_total=sum(pool.size for pool in pools),
+            blocks_used=sum(pool.held for pool in pools),
+            blocks_cached=sum(pool.cached for pool in pools),
+            block_tokens=self.config.block_tokens,
+            block_bytes=block_bytes,
+            peak_kv_bytes=sum(pool.peak_filled for pool in pools) * block_bytes,
+            staged_blocks=sum(cache.staged_blocks for cache in caches),
+            staged_out_bytes=sum(cache.staged_out_bytes for cache in caches),
+            staged_in_bytes=sum(cache.staged_in_bytes for cache in caches),
+            evicted_blocks=sum(pool.evicted for pool in pools),
+            prompt_tokens=self._sums["prompt"],
+            cached_tokens=self._sums["cached"],
+            prefilled_tokens=self._sums["prefilled"],
+            completion_tokens=self._sums["completion"],
+            retokenized_misses=self._sessions.retokenized,
+            prefill_seconds=self._prefill_seconds,
+            decode_seconds=self._decode_seconds,
+            decode_steps=self._sums["steps"],
+            decode_rows=self._sums["rows"],
+            finished=dict(self._finished),
+            workers_alive=len(self._workers),
+            workers_total=self.config.prefill_workers,
+        )
+
+    # -- its thread -------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Run the loop in a thread of its own."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take no more requests and wait until those that run have ended; False on a timeout."""
+        with self._lock:
+            self._accepting = False
+        deadline = time.monotonic() + timeout_s
+        while self._live and time.monotonic() < deadline:
+            time.sleep(_IDLE_S)
+        return not self._live
+
+    def stop(self) -> None:
+        """Cancel what runs, end the thread and the workers."""
+        with self._lock:
+            self._accepting = False
+            live = list(self._live)
+        for request_id in live:
+            self.cancel(request_id)
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+        else:
+            while self._live:
+                self.step()
+        for worker in self._workers.values():
+            worker.close()
+
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.stop()
+
+    def _run(self) -> None:
+        while not (self._stopping.is_set() and not self._live):
+            try:
+                busy = self.step()
+            except Exception:
+                logger.exception("a step failed; every running request ends with an error")
+                self._fail_all("the engine failed in a step; see its log")
+                busy = True
+            if not busy:
+                self._wait()
+
+    def _wait(self) -> None:
+        try:
+            command = self._inbox.get(timeout=_IDLE_S)
+        except queue.Empty:
+            return
+        command()
+
+    # -- one step ---------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Take in what came, admit, decode one token a row, hand prefill its next pieces.
+
+        Returns:
+            Whether anything ran.
+        """
+        self._take_in()
+        now = time.monotonic()
+        self._sessions.expire(now)
+        self._scheduler.admit(now)
+        self._count_waiting()
+        decoded = self._decode()
+        prefilled = self._prefill()
+        return decoded or prefilled
+
+    def _take_in(self) -> None:
+        while True:
+            try:
+                command = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            command()
+
+    def _count_waiting(self) -> None:
+        with self._lock:
+            running = self._scheduler.running
+            self._queued = len(self._live) - running
+
+    def _prefill(self) -> bool:
+        started = False
+        now = time.monotonic()
+        for number, worker in list(self._workers.items()):
+            if number in self._batches:
+                continue
+            batch = self._scheduler.next_prefill(number, now)
+            if not batch:
+                continue
+            pieces = [seq.next_piece(self.storage, count) for seq, count in batch]
+            for seq, count in batch:
+                seq.scheduled += count
+            self._batches[number] = batch
+            started = True
+            try:
+                worker.start(pieces)
+            except OSError as error:  # a process that is gone
+                self._receive(PrefillReport(number, 0.0, str(error)))
+        return started
+
+    def _receive(self, report: PrefillReport) -> None:
+        self._inbox.put(lambda: self._prefilled(report))
+
+    def _prefilled(self, report: PrefillReport) -> None:
+        batch = self._batches.pop(report.worker, [])
+        if report.error is not None:
+            self._lose_worker(report.worker, report.error)
+        else:
+            self._prefill_seconds += report.seconds
+            for seq, count in batch:
+                self._scheduler.prefilled(seq, count)
+        for seq, _ in batch:
+            if seq.cancelled:
+                self._finish(seq, "cancelled")
+
+    def _decode(self) -> bool:
+        scheduler = self._scheduler
+        start = time.perf_counter()
+        for seq in scheduler.promote():
+            piece = seq.prompt_end_piece(self.storage)
+            if piece is not None:
+                seq.decoder.lane.run_prompt_ends(self.storage, [piece], seq.decoder.adapter)
+                seq.own_tokens = len(piece.ids)
+        rows = list(scheduler.decoding)
+        if not rows:
+            return False
+        for lane in dict.fromkeys(seq.decoder.lane for seq in rows):
+            mine = [seq for seq in rows if seq.decoder.lane is lane]
+            logits = lane.step(self.storage, [seq.decode_row() for seq in mine])
+            histories = [(*seq.request.prompt_ids, *seq.response) for seq in mine]
+            tokens, entries = pick_tokens(logits, [seq.picker for seq in mine], histories)
+            now = time.monotonic()
+            for seq, token, entry in zip(mine, tokens, entries, strict=True):
+                seq.own_tokens += 1
+                self._emit(seq, token, entry, now)
+        self._decode_seconds += time.perf_counter() - start
+        self._sums["steps"] += 1
+        self._sums["rows"] += len(rows)
+        return True
+
+    def _emit(self, seq: Sequence, token: int, entry: Any, now: float) -> None:
+        seq.response.append(token)
+        if seq.first_token_at is None:
+            seq.first_token_at = now
+        sampling = seq.request.sampling
+        ends = not sampling.ignore_eos and token in self.renderer.end_token_ids
+        asked = token in sampling.stop_token_ids
+        text = seq.detokenizer.push(token)
+        stopped_by = seq.detokenizer.stopped_by
+        reason: FinishReason | None = None
+        if ends or asked or stopped_by is not None:
+            reason = "stop"
+        elif len(seq.response) >= sampling.max_tokens:
+            reason = "length"
+        if reason is not None and stopped_by is None:
+            text += seq.detokenizer.finish()
+        event = Event(seq.request.request_id, (token,), text, (entry,) if entry is not None else ())
+        if reason is None:
+            self._send(seq, event)
+        else:
+            stop: str | int | None = stopped_by if stopped_by is not None else None
+            if stop is None and asked:
+                stop = token
+            self._finish(seq, reason, event=event, stop_reason=stop)
+
+    # -- ends -------------------------------------------------------------------------------
+
+    def _cancel(self, request_id: str) -> None:
+        seq = self._live.get(request_id)
+        if seq is None or seq.state is State.ENDED:
+            return
+        seq.cancelled = True
+        if not any(seq is other for batch in self._batches.values() for other, _ in batch):
+            self._finish(seq, "cancelled")
+        # Otherwise a worker is writing into its blocks: it ends with the worker's report.
+
+    def _finish(
+        self,
+        seq: Sequence,
+        reason: FinishReason,
+        *,
+        event: Event | None = None,
+        stop_reason: str | int | None = None,
+        error: str | None = None,
+    ) -> None:
+        if seq.state is State.ENDED:
+            return
+        now = time.monotonic()
+        usage = seq.usage(now)
+        self._scheduler.remove(seq, now)
+        self._sums["prompt"] += usage.prompt_tokens
+        self._sums["cached"] += usage.cached_tokens
+        self._sums["prefilled"] += usage.prefilled_tokens
+        self._sums["completion"] += usage.completion_tokens
+        self._finished[reason] += 1
+        self._ends = [*self._ends[1 - _RATE_WINDOW :], now]
+        with self._lock:
+            self._live.pop(seq.request.request_id, None)
+        last = event or Event(seq.request.request_id)
+        self._send(
+            seq,
+            Event(
+                last.request_id,
+                last.token_ids,
+                last.text,
+                last.logprobs,
+                reason,
+                stop_reason,
+                error,
+                usage,
+            ),
+        )
+
+    def _send(self, seq: Sequence, event: Event) -> None:
+        try:
+            seq.sink(event)
+        except Exception:  # a broken client must not stop the others
+            logger.exception("the sink of %s failed; the request is cancelled", event.request_id)
+            if event.finish_reason is None:
+                self.cancel(event.request_id)
+
+    def _fail_all(self, message: str) -> None:
+        with self._lock:
+            live = list(self._live.values())
+        for seq in live:
+            busy = any(seq is other for batch in self._batches.values() for other, _ in batch)
+            if busy:
+                seq.cancelled = True
+            elif seq in self._scheduler.waiting or seq.state is not State.WAITING:
+                self._finish(seq, "error", error=message)
+
+    def _lose_worker(self, number: int, error: str) -> None:
+        """Drop a dead worker's blocks from the cache; what it was running waits anew."""
+        if number not in self._workers:
+            return
+        logger.error("prefill worker %d is lost: %s", number, error)
+        del self._workers[number]
+        self._sessions.drop_worker(number)
+        cache = self._caches.pop(number)
+        cache.drop_all()
+        # Responses that decode go on: what the worker had finished is in memory that we hold.
+        for seq in [s for s in self._scheduler.prefilling if s.worker == number]:
+            self._scheduler.send_back(seq)
+        if not self._workers:
+            with self._lock:
+                self._accepting = False
+            for seq in list(self._scheduler.waiting):
+                self._finish(seq, "error", error="no prefill worker is left")
+
+    def _release_pinned(self, worker: int, blocks: Any) -> None:
+        cache = self._caches.get(worker)
+        if cache is not None:
+            cache.pool.release(blocks)
+
+    def _retry_after(self) -> float:
+        """Seconds until a place is likely free, from the rate at which requests ended of late."""
+        if len(self._ends) < 2:
+            return 1.0
+        span = self._ends[-1] - self._ends[0]
+        return min(60.0, max(1.0, span / (len(self._ends) - 1)))

@@ -1,0 +1,141 @@
+"""What is served: a base and its decoders, loaded and checked against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig
+
+from prefillshare_train.core.boundary import BoundaryRule
+from prefillshare_train.core.contract import Contract, ContractError
+from prefillshare_train.core.decoder_set import DecoderSet
+from prefillshare_train.core.families import position_limit
+from prefillshare_train.data import Renderer, make_renderer, saved_renderer
+from prefillshare_train.serving.api import ServingError
+from prefillshare_train.serving.lane import BASE_ADAPTER, Lane
+
+BASE = "base"
+"""Name under which the base itself can be served."""
+
+
+@dataclass(frozen=True)
+class ServedDecoder:
+    """One decoder.
+
+    Attributes:
+        name: as requests call it.
+        rule: who runs which prompt token.
+        lane: the model that runs it, with others where they are adapters of one base.
+        adapter: its name there; None where the lane is this decoder alone.
+        contract: what it was trained against; None for the base.
+    """
+
+    name: str
+    rule: BoundaryRule
+    lane: Lane
+    adapter: str | None
+    contract: Contract | None
+
+
+class ServedModels:
+    """A base and its decoders in memory; LoRA decoders and the prefill share one copy of weights.
+
+    Args:
+        loaded: the base and the decoders.
+        renderer: makes the prompts that all of them were trained on.
+        serve_base: also answer as the base itself, under the name `base`.
+
+    Attributes:
+        decoders: by name.
+        base: the frozen base that prefills.
+    """
+
+    def __init__(self, loaded: DecoderSet, renderer: Renderer, *, serve_base: bool = False) -> None:
+        self.base = loaded.base
+        self.base_fingerprint = loaded.base_fingerprint
+        self.dtype = loaded.dtype
+        self.renderer = renderer
+        shared = Lane(loaded.lora or loaded.base)
+        self.decoders: dict[str, ServedDecoder] = {}
+        for name, contract in loaded.contracts.items():
+            adapter = loaded.adapters.get(name)
+            lane = shared if adapter else Lane(loaded.full[name])
+            self.decoders[name] = ServedDecoder(name, contract.rule, lane, adapter, contract)
+        if serve_base or not self.decoders:
+            adapter = BASE_ADAPTER if loaded.lora is not None else None
+            rule = BoundaryRule("last_token")
+            self.decoders[BASE] = ServedDecoder(BASE, rule, shared, adapter, None)
+
+    @classmethod
+    def load(
+        cls,
+        base: str,
+        decoders: Mapping[str, Path],
+        *,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        device: str | None = None,
+        chat_template: str | None = None,
+        serve_base: bool = False,
+    ) -> ServedModels:
+        """Load a base and decoders, and refuse those that do not fit.
+
+        Args:
+            base: hub id or folder.
+            decoders: folders by name.
+            chat_template: a `.jinja` file or packaged name, for serving the base alone; decoders
+                carry the template they were trained with.
+
+        Raises:
+            ContractError: a decoder was trained over another base, or on other prompts than the
+                first; its name and both values are in the message.
+            ServingError: a decoder is called `base` beside the base, or a template is given with
+                decoders.
+        """
+        if serve_base and BASE in decoders:
+            raise ServingError(f"a decoder is called {BASE!r}, which names the base; rename it")
+        if chat_template is not None and decoders:
+            raise ServingError(
+                "a chat template is given, but decoders carry the one they were trained with; "
+                "leave it out"
+            )
+        loaded = DecoderSet(base, decoders, dtype=dtype, revision=revision, device=device)
+        renderer = None
+        for name, folder in decoders.items():
+            contract = loaded.contracts[name]
+            try:
+                if renderer is None:
+                    renderer = saved_renderer(folder, contract.prompt)
+                contract.verify(
+                    base_fingerprint=loaded.base_fingerprint,
+                    config=loaded.base.config,
+                    prompt=renderer.prompt_contract(),
+                )
+            except ContractError as error:
+                raise ContractError(f"decoder {name} ({folder}): {error}") from error
+        if renderer is None:
+            renderer = _base_renderer(base, revision, chat_template)
+        return cls(loaded, renderer, serve_base=serve_base)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that the base can run; None where its configuration does not tell."""
+        config = self.base.config
+        limits = [getattr(config, "max_position_embeddings", None), position_limit(config)]
+        known = [limit for limit in limits if limit is not None]
+        return min(known) if known else None
+
+
+def _base_renderer(base: str, revision: str | None, chat_template: str | None) -> Renderer:
+    try:
+        ends = GenerationConfig.from_pretrained(base, revision=revision or "main").eos_token_id
+    except OSError:
+        ends = None
+    return make_renderer(
+        AutoTokenizer.from_pretrained(base, revision=revision),
+        chat_template=chat_template,
+        end_token_ids=[ends] if isinstance(ends, int) else list(ends or []),
+    )

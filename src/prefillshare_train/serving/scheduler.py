@@ -1,0 +1,222 @@
+"""Who runs next: admission to blocks, prefill under a token budget, decoding rows."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+from prefillshare_train.serving.config import EngineConfig
+from prefillshare_train.serving.in_flight import InFlight
+from prefillshare_train.serving.kv_storage import KVStorage
+from prefillshare_train.serving.prefix_cache import Match, PrefixCache
+from prefillshare_train.serving.router import Candidate, choose_worker
+from prefillshare_train.serving.sequence import Sequence, State
+from prefillshare_train.serving.sessions import SessionTable
+
+
+class Scheduler:
+    """Keeps every request in its state and decides what the next step runs.
+
+    A request is admitted once all blocks it can ever need are its own, so that nothing that runs
+    is ever cut off for want of memory.
+
+    Args:
+        caches: each living prefill worker's kept blocks, by its number; the engine removes those
+            of workers that died.
+
+    Attributes:
+        waiting, prefilling, ready, decoding: requests by state.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        storage: KVStorage,
+        caches: Mapping[int, PrefixCache],
+        sessions: SessionTable,
+    ) -> None:
+        self.config = config
+        self.storage = storage
+        self.caches = caches
+        self.sessions = sessions
+        self.waiting: list[Sequence] = []
+        self.prefilling: list[Sequence] = []
+        self.ready: deque[Sequence] = deque()
+        self.decoding: list[Sequence] = []
+        self.sessions_waiting = 0
+        self._in_flight = InFlight(storage.block_tokens)
+
+    @property
+    def running(self) -> int:
+        """Requests that hold blocks."""
+        return len(self.prefilling) + len(self.ready) + len(self.decoding)
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.storage.block_tokens)
+
+    def admit(self, now: float) -> None:
+        """Move waiting requests to prefill, those with little to run and long waits first.
+
+        The first that lacks blocks ends the round, or it would be overtaken for ever; one that
+        waits for its session's place, or for a prefix that is being prefilled, does not.
+        """
+        limit = self.config.max_decode_rows + self.config.prefill_ahead
+        self.sessions_waiting = 0
+        for seq in sorted(self.waiting, key=lambda s: self._priority(s, now)):
+            if self.running >= limit:
+                return
+            worker, match = self._route(seq)
+            cache = self.caches[worker]
+            seq.cached = match.tokens
+            rest = seq.base_ids[len(match.full) * self.storage.block_tokens :]
+            incomplete = match.tokens < seq.base_tokens
+            if incomplete and self._in_flight.worth_waiting(match.parent, rest):
+                continue
+            name = seq.request.session
+            if not self.sessions.fits(name, worker, cache.pool.size):
+                self.sessions_waiting += 1
+                continue
+            if not self._take_blocks(seq, worker, match):
+                if self.running or not self.sessions.give_up_one(worker):
+                    return
+                match = cache.match(seq.root, seq.base_ids)
+                if not self._take_blocks(seq, worker, match):
+                    return
+            self._start(seq, worker, match, now)
+
+    def _priority(self, seq: Sequence, now: float) -> float:
+        waited = now - seq.submitted_at
+        unknown = seq.base_tokens - seq.cached
+        return unknown - self.config.aging_tokens_per_s * waited
+
+    def _route(self, seq: Sequence) -> tuple[int, Match]:
+        ids = seq.base_ids
+        matches = {n: cache.match(seq.root, ids) for n, cache in self.caches.items()}
+        if len(matches) == 1:
+            return next(iter(matches.items()))
+        session = self.sessions.get(seq.request.session)
+        candidates = [
+            Candidate(number, match.tokens, self._load(number)) for number, match in matches.items()
+        ]
+        number = choose_worker(candidates, len(ids), session.worker if session else None)
+        return number, matches[number]
+
+    def _load(self, worker: int) -> int:
+        size = self.storage.block_tokens
+        running = (*self.prefilling, *self.ready, *self.decoding)
+        mine = [s for s in running if s.worker == worker]
+        return sum(s.remaining for s in mine) + size * sum(len(s.own_blocks) for s in mine)
+
+    def _take_blocks(self, seq: Sequence, worker: int, match: Match) -> bool:
+        cache = self.caches[worker]
+        own = self._blocks(seq.own_capacity)
+        missing, held_anew = cache.missing_blocks(match, seq.base_tokens)
+        source = match.tail is not None and match.tail.block is not None
+        # Promises to others may leave no room for a request that would fit in an empty pool.
+        others = self.sessions.unused_blocks(worker, seq.request.session) if self.running else 0
+        if cache.pool.available - held_anew - others < missing + own + source:
+            return False
+        seq.blocks, seq.own_blocks = cache.acquire(match, seq.base_tokens, own)
+        return True
+
+    def _start(self, seq: Sequence, worker: int, match: Match, now: float) -> None:
+        seq.worker = worker
+        seq.cached = seq.computed = seq.scheduled = match.tokens
+        seq.parent = match.parent
+        seq.committed = len(match.full) * self.storage.block_tokens
+        if seq.started_at is None:
+            seq.started_at = now
+        request = seq.request
+        held = len(seq.blocks) + len(seq.own_blocks)
+        self.sessions.begin(request.session, worker, held, request.prompt_ids, now)
+        self.waiting.remove(seq)
+        if seq.remaining:
+            seq.state = State.PREFILLING
+            self.prefilling.append(seq)
+            self._in_flight.add(request.request_id, seq.parent, seq.base_ids[seq.committed :])
+        else:
+            self._make_ready(seq)
+
+    def _make_ready(self, seq: Sequence) -> None:
+        seq.state = State.READY
+        self.ready.append(seq)
+
+    def next_prefill(self, worker: int, now: float) -> list[tuple[Sequence, int]]:
+        """Requests of a worker with the prompt tokens to run now, within the step's budget."""
+        budget = self.config.chunk_tokens - len(self.decoding)
+        chosen = []
+        mine = [s for s in self.prefilling if s.worker == worker]
+        for seq in sorted(mine, key=lambda s: self._urgency(s, now)):
+            count = min(budget, seq.remaining)
+            if count <= 0:
+                continue
+            chosen.append((seq, count))
+            budget -= count
+        return chosen
+
+    def _urgency(self, seq: Sequence, now: float) -> float:
+        waited = now - seq.submitted_at
+        return seq.remaining - self.config.aging_tokens_per_s * waited
+
+    def prefilled(self, seq: Sequence, count: int) -> None:
+        """The base's K/V of a request's next `count` tokens are in place."""
+        seq.computed += count
+        cache = self.caches[seq.worker]
+        size = self.storage.block_tokens
+        ids = seq.base_ids
+        while seq.committed < seq.computed:
+            end = min(seq.committed + size, seq.base_tokens)
+            if end > seq.computed:
+                break
+            block = seq.blocks[seq.committed // size]
+            seq.parent = cache.commit(seq.parent, ids[seq.committed : end], block)
+            seq.committed = end
+        if seq.computed == seq.base_tokens and seq.state is State.PREFILLING:
+            self.prefilling.remove(seq)
+            self._in_flight.remove(seq.request.request_id)
+            self._make_ready(seq)
+
+    def promote(self) -> list[Sequence]:
+        """Give free decoding rows to requests whose prompt is in place; returns the new rows."""
+        new = []
+        while self.ready and len(self.decoding) < self.config.max_decode_rows:
+            seq = self.ready.popleft()
+            seq.state = State.DECODING
+            self.decoding.append(seq)
+            new.append(seq)
+        return new
+
+    def remove(self, seq: Sequence, now: float) -> None:
+        """Take a request out, whatever its state, and give its blocks back."""
+        if seq.state is State.WAITING:
+            self.waiting.remove(seq)
+        else:
+            self._leave_state(seq)
+            pool = self.caches[seq.worker].pool if seq.worker in self.caches else None
+            held = len(seq.blocks) + len(seq.own_blocks)
+            # A prompt that the base has not finished is not what the next turn goes on from.
+            keep = seq.blocks if pool is not None and seq.computed == seq.base_tokens else []
+            ids = (*seq.request.prompt_ids, *seq.response)
+            kept = self.sessions.finish(seq.request.session, held, keep, ids, now)
+            if pool is not None:
+                pool.release(seq.own_blocks if kept else [*seq.blocks, *seq.own_blocks])
+        seq.state = State.ENDED
+        if seq.request.end_session:
+            self.sessions.end(seq.request.session)
+
+    def send_back(self, seq: Sequence) -> None:
+        """A request's worker died before its prompt was in place: let it wait again."""
+        self._leave_state(seq)
+        held = len(seq.blocks) + len(seq.own_blocks)
+        self.sessions.abandon(seq.request.session, held)
+        seq.forget_blocks()
+        self.waiting.append(seq)
+
+    def _leave_state(self, seq: Sequence) -> None:
+        if seq.state is State.PREFILLING:
+            self.prefilling.remove(seq)
+            self._in_flight.remove(seq.request.request_id)
+        elif seq.state is State.READY:
+            self.ready.remove(seq)
+        elif seq.state is State.DECODING:
+            self.decoding.remove(seq)
