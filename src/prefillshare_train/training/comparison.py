@@ -201,7 +201,7 @@ def held_out_report(
     held_out = HeldOut(data, data.eval_examples[:rows], max_new_tokens, batch_size)
     dtype = getattr(torch, recipe.base.dtype)
     scores = compare_methods(
-        held_out, conditioned, full_prompt, base=recipe.base.model, dtype=dtype
+        held_out, conditioned, full_prompt, base=recipe.base_location, dtype=dtype
     )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

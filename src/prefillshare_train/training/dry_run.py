@@ -23,7 +23,7 @@ def dry_run_report(loaded: LoadedRecipe) -> str:
     recipe = loaded.recipe
     arguments = recipe.training_arguments()
     data = prepare_data(loaded)
-    config = AutoConfig.from_pretrained(recipe.base.model, revision=recipe.base.revision)
+    config = AutoConfig.from_pretrained(recipe.base_location, revision=recipe.base.revision)
     batch = arguments.per_device_train_batch_size
     longest = sorted(data.train, key=lambda c: len(c.token_ids))[-batch:]
     memory = estimate_memory(recipe, config, longest)

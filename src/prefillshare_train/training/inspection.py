@@ -83,7 +83,7 @@ def flop_ratio(recipe: Recipe, conversations: Sequence[Conversation]) -> float:
     """FLOPs of `full_prompt` over those of `prefillshare` for the same conversations."""
     import torch
 
-    config = AutoConfig.from_pretrained(recipe.base.model, revision=recipe.base.revision)
+    config = AutoConfig.from_pretrained(recipe.base_location, revision=recipe.base.revision)
     with torch.device("meta"):
         stack, head = matmul_parameters(AutoModelForCausalLM.from_config(config))
     rule = BoundaryRule.parse(recipe.boundary)

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from prefillshare_train.core.boundary import BoundaryRule
-from prefillshare_train.data import DataConfig
+from prefillshare_train.data import DataConfig, SourceConfig
 from prefillshare_train.training.config import CacheConditionedConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -73,11 +73,36 @@ class Recipe:
     """Boundary rule: `last_token`, `generation_prompt`, `block_aligned:B` or `ratio:r`."""
     training: dict[str, Any] = field(default_factory=dict)
     """Any field of `CacheConditionedConfig`, that is of `transformers.TrainingArguments` too."""
+    local_copies: dict[str, str] = field(default_factory=dict)
+    """Folders that stand in for hub models and data sets, by hub id: what the recipe names stays as
+    it is, in the decoder's contract too, and is read from the folder. For machines without a hub;
+    keep it in a file of its own and compose it after any recipe."""
 
     def __post_init__(self) -> None:
         BoundaryRule.parse(self.boundary)
         if "output_dir" not in self.training:
             raise ValueError("training.output_dir is missing: name the folder for checkpoints")
+        for name, folder in self.local_copies.items():
+            if not Path(folder).expanduser().exists():
+                raise ValueError(f"local_copies: {folder}, given for {name}, does not exist")
+
+    @property
+    def base_location(self) -> str:
+        """Where the base is read from: its local copy, or what `base.model` names."""
+        return self.local_copies.get(self.base.model, self.base.model)
+
+    @property
+    def local_data(self) -> DataConfig:
+        """`data`, with the local copies of its sources in their place."""
+
+        def local(source: SourceConfig | None) -> SourceConfig | None:
+            if source is None or source.source not in self.local_copies:
+                return source
+            return dataclasses.replace(source, source=self.local_copies[source.source])
+
+        train = local(self.data.train)
+        assert train is not None
+        return dataclasses.replace(self.data, train=train, eval=local(self.data.eval))
 
     def training_arguments(self) -> CacheConditionedConfig:
         """The trainer's arguments, checked by binding them to the dataclass.

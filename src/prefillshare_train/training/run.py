@@ -42,7 +42,7 @@ class RunResult:
 def prepare_data(loaded: LoadedRecipe) -> PreparedData:
     """Everything before weights: configuration, tokenizer, template and data are checked here."""
     recipe = loaded.recipe
-    config = AutoConfig.from_pretrained(recipe.base.model, revision=recipe.base.revision)
+    config = AutoConfig.from_pretrained(recipe.base_location, revision=recipe.base.revision)
     check_supported(config)
     limit = position_limit(config)
     if limit is not None and recipe.data.max_length > limit:
@@ -50,9 +50,9 @@ def prepare_data(loaded: LoadedRecipe) -> PreparedData:
             f"data.max_length is {recipe.data.max_length}, but this model's RoPE depends on the "
             f"batch's length past {limit}: set it to {limit} or less"
         )
-    tokenizer = AutoTokenizer.from_pretrained(recipe.base.model, revision=recipe.base.revision)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.base_location, revision=recipe.base.revision)
     return build_dataset(
-        recipe.data,
+        recipe.local_data,
         tokenizer,
         base_dir=loaded.base_dir,
         end_token_ids=_generation_ends(recipe),
@@ -62,7 +62,7 @@ def prepare_data(loaded: LoadedRecipe) -> PreparedData:
 def _generation_ends(recipe: Recipe) -> list[int]:
     try:
         ends = GenerationConfig.from_pretrained(
-            recipe.base.model, revision=recipe.base.revision or "main"
+            recipe.base_location, revision=recipe.base.revision or "main"
         ).eos_token_id
     except OSError:
         return []
@@ -75,7 +75,7 @@ def build_models(recipe: Recipe) -> tuple[nn.Module, nn.Module | None, str]:
     Returns:
         decoder, base (None for LoRA and for `full_prompt`), and the base's fingerprint.
     """
-    name, revision = recipe.base.model, recipe.base.revision
+    name, revision = recipe.base_location, recipe.base.revision
     base_dtype = getattr(torch, recipe.base.dtype)
     if recipe.decoder.adapter == "lora":
         model = load_causal_lm(name, dtype=base_dtype, revision=revision)
