@@ -17,6 +17,7 @@ _HOMES = {
     "Conversation": "core.spans",
     "DataConfig": "data",
     "PrefillModule": "core.modules",
+    "PrefillShareModel": "hub.model",
     "PromptCache": "core.prompt_cache",
     "SourceConfig": "data",
     "Turn": "core.spans",

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from prefillshare_train.core.alora import run_as_lora
 from prefillshare_train.core.contract import Contract, weights_fingerprint
 from prefillshare_train.core.modules import load_causal_lm
 
@@ -75,6 +76,7 @@ class DecoderSet:
             ).eval()
         else:
             self.lora.load_adapter(folder, adapter_name=adapter)
+        run_as_lora(self.lora)
 
 
 def twin_of(model: PreTrainedModel) -> PreTrainedModel:

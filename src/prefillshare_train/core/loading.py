@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from prefillshare_train.core.alora import run_as_lora
 from prefillshare_train.core.contract import Contract, weights_fingerprint
 from prefillshare_train.core.modules import PrefillModule, load_causal_lm
 
@@ -58,7 +59,7 @@ def load_decoder(
     if contract.adapter == "none":
         decoder: nn.Module = load_causal_lm(str(folder), dtype=dtype or "auto", device=device)
         return LoadedDecoder(decoder.eval(), PrefillModule(model), contract)
-    decoder = PeftModel.from_pretrained(model, str(folder))
+    decoder = run_as_lora(PeftModel.from_pretrained(model, str(folder)))
     return LoadedDecoder(decoder.eval(), PrefillModule(decoder), contract)
 
 
@@ -84,4 +85,5 @@ def add_adapter(loaded: LoadedDecoder, folder: Path | str, name: str) -> Contrac
     if not isinstance(loaded.decoder, PeftModel) or contract.adapter == "none":
         raise ValueError(f"{folder} cannot be added: both decoders must be LoRA adapters")
     loaded.decoder.load_adapter(str(folder), adapter_name=name)
+    run_as_lora(loaded.decoder)
     return contract

@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
 
+from prefillshare_train.core.alora import run_as_lora
 from prefillshare_train.core.boundary import BoundaryRule
 from prefillshare_train.core.contract import Contract, ContractError, weights_fingerprint
 from prefillshare_train.core.modules import PrefillModule, causal_lm_of, load_causal_lm
@@ -183,9 +184,10 @@ class Contestants:
         adapter = self._adapters[name] = f"decoder_{len(self._adapters)}"
         if isinstance(self._shared, PeftModel):
             self._shared.load_adapter(str(folder), adapter_name=adapter)
+            run_as_lora(self._shared)
         else:
             shared = PeftModel.from_pretrained(self._shared, str(folder), adapter_name=adapter)
-            self._shared = shared.eval()
+            self._shared = run_as_lora(shared).eval()
 
     @contextlib.contextmanager
     def running(self, decoder: Decoder) -> Iterator[nn.Module]:

@@ -1,0 +1,74 @@
+"""The tokens with which a template opens an assistant's answer.
+
+Data is rendered with the text at hand, so that the header of each prompt is known. Where only token
+ids are there (`generate`, an aLoRA's invocation tokens) the header must be the same for every
+conversation; this is where that is found out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prefillshare_train.data import Message, Renderer
+from prefillshare_train.data.rendering import RenderError
+from prefillshare_train.hub.errors import HubError
+
+# What precedes a header decides whether its tokens merge with it.
+_USER_TEXTS = ("a", "a\n", "a\n\n", "a ", "1", "?", "é", "```")
+
+
+def generation_header(renderer: Renderer) -> tuple[int, ...]:
+    """Token ids of the generation prompt.
+
+    Returns:
+        One token or more: what every prompt that the renderer makes ends in.
+
+    Raises:
+        HubError: the template has no generation prompt, or its tokens depend on what precedes.
+    """
+    found: dict[tuple[int, ...], str] = {}
+    for messages in _probes():
+        try:
+            bare = renderer.text(messages, add_generation_prompt=False)
+            prompt = renderer.text(messages, add_generation_prompt=True)
+        except RenderError:
+            continue  # a template may refuse system messages
+        ids = renderer.encode([prompt])[0]
+        length = renderer.header_length(bare, prompt, ids)
+        found.setdefault(tuple(ids[len(ids) - length :]), prompt)
+    if not found:
+        raise HubError(f"the template {renderer.name} renders none of the usual conversations")
+    if () in found:
+        raise HubError(
+            f"the template {renderer.name} has no assistant header, or merges it with the text "
+            f"before it: {found[()][-40:]!r}"
+        )
+    if len(found) > 1:
+        shown = " and ".join(repr(renderer.decode(ids)) for ids in list(found)[:2])
+        raise HubError(
+            f"the assistant header of the template {renderer.name} is not the same in every "
+            f"conversation: {shown}"
+        )
+    return next(iter(found))
+
+
+def header_length(ids: Sequence[int], header: Sequence[int]) -> int:
+    """Tokens from the last header of a prompt to its end; 0 where there is none."""
+    width = len(header)
+    for start in range(len(ids) - width, -1, -1):
+        if tuple(ids[start : start + width]) == tuple(header):
+            return len(ids) - start
+    return 0
+
+
+def _probes() -> list[list[Message]]:
+    turns: list[list[Message]] = [[{"role": "user", "content": text}] for text in _USER_TEXTS]
+    turns.append([{"role": "system", "content": "b"}, {"role": "user", "content": "a"}])
+    turns.append(
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+        ]
+    )
+    return turns
