@@ -1,0 +1,177 @@
+"""Any OpenAI-compatible endpoint as the receiver of a load."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import httpx
+
+from prefillshare_train.serving.api import EngineStats
+from prefillshare_train.workloads.client import Call, OverloadedError, Reply
+
+Api = Literal["completions", "chat"]
+_RETRY_STATUS = (429, 503)
+
+
+class HttpClient:
+    """Streams responses from `/v1/completions` or `/v1/chat/completions`.
+
+    `completions` sends prompts as token ids. `chat` sends a trace's messages as they are, and any
+    other prompt as the text of one user message.
+
+    `ignore_eos` is an extension that vLLM, SGLang and `prefillshare serve` know; it makes lengths
+    the same everywhere. `session_id` and `end_session` are known to `prefillshare serve` alone.
+
+    Args:
+        url: up to and without `/v1`.
+        decode: token ids to text, for `chat`.
+        encode: text to token ids, for sessions whose context grows by what was generated.
+        api_key: sent as a bearer token.
+        timeout_s: longest silence of the server.
+        extensions: send the fields above, which are not OpenAI's.
+        transport: of httpx, for tests.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api: Api = "completions",
+        decode: Callable[[Sequence[int]], str] | None = None,
+        encode: Callable[[str], Sequence[int]] | None = None,
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+        extensions: bool = True,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._api = api
+        self._decode = decode
+        self._encode = encode
+        self._extensions = extensions
+        self._http = httpx.AsyncClient(
+            base_url=url.rstrip("/"),
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(timeout_s),
+            # The load driver caps sessions; a pool's own limit would be a second, hidden queue.
+            limits=httpx.Limits(max_connections=None),
+            transport=transport,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._http.aclose()
+
+    @property
+    def max_prompt_tokens(self) -> int | None:
+        """Not to be had over HTTP."""
+        return None
+
+    async def generate(self, call: Call) -> Reply:
+        """See `Client`."""
+        chat = self._api == "chat" or call.messages is not None
+        path = "/v1/chat/completions" if chat else "/v1/completions"
+        start = time.perf_counter()
+        texts: list[str] = []
+        first: float | None = None
+        last = start
+        usage: dict[str, Any] = {}
+        error: str | None = None
+        try:
+            async with self._http.stream("POST", path, json=self._body(call, chat)) as response:
+                if response.status_code in _RETRY_STATUS:
+                    raise OverloadedError(f"HTTP {response.status_code}", _retry_after(response))
+                if response.status_code != httpx.codes.OK:
+                    content = (await response.aread()).decode(errors="replace")
+                    error = f"HTTP {response.status_code}: {content[:500]}"
+                else:
+                    async for chunk in _chunks(response):
+                        error = error or _error_of(chunk)
+                        usage = chunk.get("usage") or usage
+                        text = _text_of(chunk)
+                        if text is None:
+                            continue
+                        last = time.perf_counter()
+                        first = last if first is None else first
+                        texts.append(text)
+        except (httpx.HTTPError, ValueError) as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        end = time.perf_counter() if error else last
+        text = "".join(texts)
+        details = usage.get("prompt_tokens_details") or {}
+        count = usage.get("completion_tokens", len(texts))
+        return Reply(
+            token_ids=tuple(self._encode(text)) if self._encode is not None else (),
+            text=text,
+            completion_tokens=count,
+            ttft_s=None if first is None else first - start,
+            total_s=end - start,
+            prompt_tokens=usage.get("prompt_tokens"),
+            cached_tokens=details.get("cached_tokens"),
+            error=error or (None if count else "the response is empty"),
+        )
+
+    async def end_session(self, session: str) -> None:
+        """Servers end sessions by themselves, when nothing comes any more."""
+
+    def stats(self) -> EngineStats | None:
+        """Not to be had over HTTP."""
+        return None
+
+    def _body(self, call: Call, chat: bool) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": call.decoder,
+            "max_tokens": call.max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if self._extensions:
+            body |= {"ignore_eos": True, "session_id": call.session, "end_session": call.last}
+        if not chat:
+            body["prompt"] = list(call.prompt_ids)
+        elif call.messages is not None:
+            body["messages"] = [dict(message) for message in call.messages]
+        else:
+            if self._decode is None:
+                raise ValueError("chat needs `decode` for prompts that are token ids")
+            body["messages"] = [{"role": "user", "content": self._decode(call.prompt_ids)}]
+        return body
+
+
+async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    async for line in response.aiter_lines():
+        name, _, value = line.partition(":")
+        if name == "data" and value.strip() != "[DONE]":
+            yield json.loads(value)
+
+
+def _text_of(chunk: dict[str, Any]) -> str | None:
+    """New text of a chunk; None where it brings none (a role, a finish reason, the usage)."""
+    for choice in chunk.get("choices", ()):
+        text = choice["text"] if "text" in choice else choice.get("delta", {}).get("content")
+        if text:
+            return str(text)
+    return None
+
+
+def _error_of(chunk: dict[str, Any]) -> str | None:
+    error = chunk.get("error")
+    return None if error is None else str(error.get("message", error))
+
+
+def _retry_after(response: httpx.Response) -> float:
+    try:
+        return max(0.0, float(response.headers.get("Retry-After", "1")))
+    except ValueError:  # a date: servers of models do not send one
+        return 1.0

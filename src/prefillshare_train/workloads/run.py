@@ -1,0 +1,167 @@
+"""A grid of load points from start to report: what `prefillshare bench` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from prefillshare_train.serving.config import Mode
+from prefillshare_train.workloads.driver import LoadResult
+from prefillshare_train.workloads.errors import WorkloadError
+from prefillshare_train.workloads.files import write_json, write_text
+from prefillshare_train.workloads.lengths import BUILT_IN, Lengths, lengths_from_traces
+from prefillshare_train.workloads.metrics import Objectives
+from prefillshare_train.workloads.plots import plot_loads
+from prefillshare_train.workloads.points import (
+    Bench,
+    ClientFactory,
+    LoadPoint,
+    PointStore,
+    Workload,
+)
+from prefillshare_train.workloads.report import markdown, rows_of
+from prefillshare_train.workloads.trace import write_trace
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Loads that differ in mode, arrival rate and cap on sessions.
+
+    Attributes:
+        workload: its name, for reports.
+        modes, rates, caps: every combination is run; modes alternate innermost, so that a slow
+            change of the machine meets both.
+        decoders: number of them.
+        sessions, warm_up, repeats: of each load.
+        kv_bytes, staging_bytes, session_tokens: of `EngineConfig`.
+        regime: for reports.
+    """
+
+    workload: str
+    modes: Sequence[Mode]
+    rates: Sequence[float | None]
+    caps: Sequence[int]
+    decoders: int
+    sessions: int
+    warm_up: int
+    repeats: int
+    kv_bytes: int
+    staging_bytes: int = 0
+    session_tokens: int = 0
+    regime: str = "compute"
+
+    def points(self) -> list[LoadPoint]:
+        """All load points, in the order in which they are run."""
+        return [
+            LoadPoint(
+                experiment="bench",
+                workload=self.workload,
+                regime=self.regime,
+                mode=mode,
+                decoders=self.decoders,
+                sessions_per_s=rate,
+                max_sessions=cap,
+                sessions=self.sessions,
+                warm_up=self.warm_up,
+                kv_bytes=self.kv_bytes,
+                staging_bytes=self.staging_bytes,
+                session_tokens=self.session_tokens,
+                repeat=repeat,
+            )
+            for repeat in range(self.repeats)
+            for rate in self.rates
+            for cap in self.caps
+            for mode in self.modes
+        ]
+
+
+def run_grid(
+    grid: Grid,
+    workload: Workload,
+    client_of: ClientFactory,
+    out: Path,
+    setup: dict[str, Any],
+    *,
+    objectives: Objectives,
+    fixed_context: bool = True,
+    timeout_s: float = 600.0,
+    record: Path | None = None,
+) -> str:
+    """Run what is not finished, and write `bench.json`, `bench.md` and plots into `out`.
+
+    Args:
+        setup: see `PointStore`.
+        record: write the first load that is run as a trace.
+
+    Returns:
+        The tables.
+    """
+    recorded: list[LoadPoint] = []
+
+    def keep_trace(point: LoadPoint, result: LoadResult) -> None:
+        if record is not None and not recorded:
+            write_trace(record, result)
+            recorded.append(point)
+
+    setup = {**setup, "fixed_context": fixed_context}
+    bench = Bench(
+        workload_of=lambda point: workload,
+        client_of=client_of,
+        store=PointStore(out / "points", setup),
+        objectives=objectives,
+        fixed_context=fixed_context,
+        timeout_s=timeout_s,
+        on_result=keep_trace,
+    )
+    rows = rows_of(bench.run(grid.points()))
+    limits = f"TTFT within {objectives.ttft_s:g} s and TPOT within {objectives.tpot_s:g} s"
+    tables = markdown(rows, limits)
+    write_json(out / "bench.json", rows)
+    write_text(out / "bench.md", tables)
+    plot_loads(rows, out, "bench")
+    return tables
+
+
+def choose_lengths(folder: Path | None, tokenizer: PreTrainedTokenizerBase) -> Lengths:
+    """Lengths of the trajectories in a folder, or the built-in ones where none is given."""
+    if folder is None:
+        return BUILT_IN
+
+    def count(texts: list[str]) -> list[int]:
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [len(ids) for ids in encoded]
+
+    return lengths_from_traces(folder, count)
+
+
+def numbers(
+    text: str, option: str, kind: Callable[[str], Any] = int, *, words: dict[str, Any] | None = None
+) -> list[Any]:
+    """Read numbers with commas.
+
+    Args:
+        option: for the message of an error.
+        words: values that are written as words.
+
+    Raises:
+        WorkloadError: one is neither a number above 0 nor such a word.
+    """
+    found = []
+    for part in text.split(","):
+        word = part.strip()
+        if words and word in words:
+            found.append(words[word])
+            continue
+        try:
+            value = kind(word)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            also = "".join(f" or {name}" for name in words or ())
+            raise WorkloadError(f"{option} {text}: {word!r} is not a number above 0{also}")
+        found.append(value)
+    return found

@@ -1,0 +1,177 @@
+"""Clients: what they time, and what becomes of failures."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from tests.workloads.fakes import FakeEngine
+
+from prefillshare_train.workloads.client import Call, InProcessClient, OverloadedError, Reply
+from prefillshare_train.workloads.http_client import HttpClient
+
+CALL = Call("s", "a", (1, 2, 3, 4), 5)
+
+
+def ask(client: Any, call: Call = CALL) -> Reply:
+    async def run() -> Reply:
+        return await client.generate(call)
+
+    return asyncio.run(run())
+
+
+def test_in_process_times_and_tokens() -> None:
+    engine = FakeEngine(first_s=0.05, each_s=0.02)
+    reply = ask(InProcessClient(engine))
+    assert reply.token_ids == (200, 201, 202, 203, 204)
+    assert reply.text == "xxxxx"
+    assert reply.error is None
+    assert reply.completion_tokens == 5
+    assert reply.ttft_s is not None
+    assert reply.tpot_s is not None
+    assert reply.ttft_s >= 0.05
+    assert reply.tpot_s >= 0.02
+    assert reply.total_s == pytest.approx(reply.ttft_s + 4 * reply.tpot_s)
+    assert (reply.prompt_tokens, reply.cached_tokens, reply.base_tokens) == (4, 1, 3)
+    [request] = engine.requests
+    assert request.sampling.ignore_eos
+    assert request.sampling.max_tokens == 5
+    assert (request.session, request.end_session) == ("s", False)
+
+
+def test_in_process_failures_become_errors() -> None:
+    assert ask(InProcessClient(FakeEngine(fail="a"))).error == "it broke"
+    refused = ask(InProcessClient(FakeEngine()), Call("s", "z", (1,), 5))
+    assert refused.error is not None
+    assert "no decoder 'z'" in refused.error
+
+
+def test_in_process_queue_full_is_overload() -> None:
+    with pytest.raises(OverloadedError) as caught:
+        ask(InProcessClient(FakeEngine(refuse=1)))
+    assert caught.value.retry_after_s == 0.01
+
+
+def test_in_process_cancelling_ends_the_request() -> None:
+    engine = FakeEngine(silent="a")
+
+    async def run() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await InProcessClient(engine).generate(CALL)
+
+    asyncio.run(run())
+    assert engine.cancelled == [engine.requests[0].request_id]
+
+
+def test_in_process_messages_are_rendered_by_the_engine() -> None:
+    engine = FakeEngine()
+    messages = ({"role": "user", "content": "four"}, {"role": "user", "content": "seven77"})
+    ask(InProcessClient(engine), Call("s", "a", (), 1, messages, last=True))
+    assert engine.requests[0].prompt_ids == (4, 7)
+    assert engine.requests[0].end_session
+
+
+def stream(*chunks: dict[str, Any]) -> httpx.Response:
+    lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+    return httpx.Response(200, text=": comment\n\n" + "".join(lines) + "data: [DONE]\n\n")
+
+
+def http(answer: Callable[[httpx.Request], httpx.Response], **options: Any) -> HttpClient:
+    return HttpClient("http://here", transport=httpx.MockTransport(answer), **options)
+
+
+USAGE = {
+    "prompt_tokens": 4,
+    "completion_tokens": 5,
+    "prompt_tokens_details": {"cached_tokens": 3},
+}
+
+
+def test_http_completions_send_token_ids_and_read_the_usage() -> None:
+    seen: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return stream(
+            {"choices": [{"text": "Hel"}]},
+            {"choices": [{"text": "lo"}]},
+            {"choices": [{"text": "", "finish_reason": "length"}]},
+            {"choices": [], "usage": USAGE},
+        )
+
+    encode = lambda text: [ord(c) for c in text]  # noqa: E731
+    reply = ask(http(answer, api_key="k", encode=encode))
+    body = json.loads(seen[0].content)
+    assert seen[0].url.path == "/v1/completions"
+    assert seen[0].headers["Authorization"] == "Bearer k"
+    assert body["prompt"] == [1, 2, 3, 4]
+    assert (body["model"], body["max_tokens"], body["temperature"]) == ("a", 5, 0)
+    assert (body["ignore_eos"], body["session_id"], body["end_session"]) == (True, "s", False)
+    assert body["stream_options"] == {"include_usage": True}
+    assert reply.text == "Hello"
+    assert reply.token_ids == tuple(map(ord, "Hello"))
+    assert reply.error is None
+    assert (reply.completion_tokens, reply.prompt_tokens, reply.cached_tokens) == (5, 4, 3)
+    assert reply.ttft_s is not None
+    assert 0 < reply.ttft_s <= reply.total_s
+
+
+def test_http_chat_sends_text_and_the_role_chunk_is_no_token() -> None:
+    bodies: list[dict[str, Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert request.url.path == "/v1/chat/completions"
+        bodies.append(json.loads(request.content))
+        return stream(
+            {"choices": [{"delta": {"role": "assistant", "content": ""}}]},
+            {"choices": [{"delta": {"content": "Hi"}}]},
+            {"choices": [{"delta": {}, "finish_reason": "stop"}]},
+        )
+
+    decode = lambda ids: " ".join(map(str, ids))  # noqa: E731
+    reply = ask(http(answer, api="chat", decode=decode, extensions=False))
+    assert reply.completion_tokens == 1
+    assert bodies[0]["messages"] == [{"role": "user", "content": "1 2 3 4"}]
+    assert not {"ignore_eos", "session_id", "end_session"} & set(bodies[0])
+    messages = ({"role": "user", "content": "hello"},)
+    ask(http(answer), Call("s", "a", (), 1, messages))
+    assert bodies[1]["messages"] == list(messages)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_http_overload_asks_for_patience(status: int) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(status, headers={"Retry-After": "7"})
+
+    with pytest.raises(OverloadedError) as caught:
+        ask(http(answer))
+    assert caught.value.retry_after_s == 7
+
+
+def test_http_failures_become_errors() -> None:
+    def refuse(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(404, json={"error": {"message": "no such model"}})
+
+    def vanish(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("nobody is there")
+
+    def broken(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, text="data: {not json\n\n")
+
+    def fails_late(request: httpx.Request) -> httpx.Response:
+        return stream({"choices": [{"text": "H"}]}, {"error": {"message": "out of memory"}})
+
+    def empty(request: httpx.Request) -> httpx.Response:
+        return stream()
+
+    found = [ask(http(answer)).error for answer in (refuse, vanish, broken, fails_late, empty)]
+    for text, error in zip(
+        ("no such model", "nobody is there", "JSON", "out of memory", "empty"), found, strict=True
+    ):
+        assert error is not None
+        assert text in error
