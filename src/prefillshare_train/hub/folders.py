@@ -1,0 +1,52 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from prefillshare_train.hub.errors import HubError
+
+
+@contextlib.contextmanager
+def new_folder(place: Path) -> Iterator[Path]:
+    """A folder to fill, renamed to `place` when the block ends without an error.
+
+    Raises:
+        HubError: `place` holds something already.
+    """
+    _check_free(place)
+    target = place.resolve()
+    beside = target.with_name(f".unfinished-{target.name}-{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        for path in (*beside.rglob("*"), beside):
+            _flush(path)
+        _check_free(place)
+        beside.replace(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _check_free(place: Path) -> None:
+    if place.is_dir():
+        held = next(place.iterdir(), None)
+        if held is None:
+            return
+        raise HubError(f"{place} already holds {held.name}; name another folder, or remove it")
+    if place.exists():
+        raise HubError(f"{place} is a file; name a folder")
+
+
+def _flush(path: Path) -> None:
+    """On disk, so that the rename cannot outrun the contents."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
