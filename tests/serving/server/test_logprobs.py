@@ -1,0 +1,57 @@
+"""Texts and bytes of single tokens."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from tests.serving.server.fake_engine import renderer
+from transformers import AutoTokenizer
+
+from prefillshare_train.data import make_renderer
+from prefillshare_train.serving.api import TokenLogprob
+from prefillshare_train.serving.server.logprobs import (
+    TokenTexts,
+    chat_logprobs,
+    completion_logprobs,
+)
+
+MODEL = Path(__file__).resolve().parents[3] / ".cache" / "models" / "smollm2-135m-instruct"
+TEXT = "naïve 日本 🙂\n<|im_end|>"
+
+
+def test_the_bytes_of_parts_of_characters_are_the_true_ones() -> None:
+    used = renderer()
+    texts = TokenTexts(used)
+    ids = used.encode([TEXT])[0]
+    assert b"".join(texts.of(token)[1] for token in ids) == TEXT.encode()
+    assert "�" in {texts.of(token)[0] for token in ids}
+
+
+@pytest.mark.real_model
+def test_so_they_are_for_a_real_tokenizer() -> None:
+    if not (MODEL / "tokenizer.json").is_file():
+        pytest.skip(f"the model folder {MODEL} is absent; run `make model`")
+    used = make_renderer(AutoTokenizer.from_pretrained(MODEL))
+    texts = TokenTexts(used)
+    assert b"".join(texts.of(token)[1] for token in used.encode([TEXT])[0]) == TEXT.encode()
+
+
+def test_json_has_no_infinity() -> None:
+    texts = TokenTexts(renderer())
+    entry = TokenLogprob(70, -math.inf, ((70, -math.inf), (71, -0.1)))
+    chat = chat_logprobs([entry], texts)
+    assert chat.content[0].logprob == -9999.0
+    assert [top.logprob for top in chat.content[0].top_logprobs] == [-9999.0, -0.1]
+    assert completion_logprobs([entry], texts, 0).token_logprobs == [-9999.0]
+
+
+def test_plain_completions_report_the_chosen_token_among_the_likely() -> None:
+    used = renderer()
+    a, b, c = used.encode(["abc"])[0]
+    entries = [TokenLogprob(a, -3.0, ((b, -0.1), (c, -0.2))), TokenLogprob(b, -1.0)]
+    found = completion_logprobs(entries, TokenTexts(used), 5)
+    assert found.top_logprobs == [{"b": -0.1, "c": -0.2, "a": -3.0}, {"b": -1.0}]
+    assert found.tokens == ["a", "b"]
+    assert found.text_offset == [5, 6]

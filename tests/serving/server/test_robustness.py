@@ -1,0 +1,226 @@
+"""Clients that are broken, slow, greedy or gone: a 4xx or a close, and the server lives."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+from tests.serving.server.fake_engine import FakeEngine
+from tests.serving.server.serving import Served, serve, wait_for
+
+PATH = "/v1/chat/completions"
+BODY = json.dumps({"model": "math", "messages": [{"role": "user", "content": "Hi"}]}).encode()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    options = {"header_timeout_s": 0.4, "body_timeout_s": 0.4, "write_timeout_s": 0.4}
+    with serve(FakeEngine(), max_body_bytes=100_000, **options) as running:
+        yield running
+        assert running.lives()
+
+
+def head(length: int | str, *more: str) -> bytes:
+    lines = [
+        f"POST {PATH} HTTP/1.1",
+        "Host: 127.0.0.1",
+        "Content-Type: application/json",
+        f"Content-Length: {length}",
+        *more,
+    ]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def connect(served: Served) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", served.port), timeout=10)
+
+
+def talk(served: Served, data: bytes) -> bytes:
+    """All that comes back until the server closes."""
+    with connect(served) as client:
+        client.sendall(data)
+        return read_all(client)
+
+
+def read_all(client: socket.socket) -> bytes:
+    received = b""
+    try:
+        while part := client.recv(65536):
+            received += part
+    except ConnectionResetError:
+        pass
+    return received
+
+
+def status(received: bytes) -> int:
+    return int(received.split(b" ", 2)[1])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"\xff\xfe{}",
+        BODY.replace(b"Hi", b"\xc3\x28"),
+        BODY.replace(b'"Hi"', b"NaN"),
+        BODY.replace(b'"Hi"', b"1" * 5000),
+        BODY[:-1] + b', "temperature": NaN}',
+        BODY[:-1] + b', "temperature": 1e999}',
+        BODY[:-1] + b', "max_tokens": 1e30}',
+        BODY[:-1] + b', "\\ud800": 1}',
+        BODY[:-1] + b', "tools": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+        BODY[:-1]
+        + b', "tools": [{"type": "function", "function": {"name": "x", "parameters": '
+        + b'{"a":' * 500
+        + b"1"
+        + b"}" * 500
+        + b"}}]}",
+        BODY[:-1]
+        + b', "tools": [{"type": "function", "function": {"name": "x", "parameters": '
+        + b'{"a": "\\udfff"}}}]}',
+        BODY.replace(b"math", b"\\ud800"),
+        BODY.replace(b"math", b"\\u0000"),
+    ],
+    ids=range(18),
+)
+def test_bad_bodies(served: Served, body: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = served.http.post(PATH, content=body, headers=headers)
+    assert 400 <= answer.status_code < 500
+    assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "\xff"])
+def test_other_content_types_are_no_json(served: Served, kind: str) -> None:
+    """A form on another site could otherwise send one without asking first."""
+    headers = {b"Content-Type": kind.encode("latin-1")}
+    assert served.http.post(PATH, content=BODY, headers=headers).status_code in (400, 415, 422)
+
+
+def test_a_body_that_is_too_long(served: Served) -> None:
+    received = talk(served, head(10**12))
+    assert status(received) == 413
+    assert b"connection: close" in received.lower()
+    chunk = b"4000\r\n" + b" " * 0x4000 + b"\r\n"
+    start = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    received = talk(served, start + chunk * 10)
+    assert not received or status(received) == 413
+    assert served.lives()
+
+
+def test_a_body_that_does_not_come(served: Served) -> None:
+    started = time.monotonic()
+    received = talk(served, head(len(BODY)) + BODY[:10])
+    assert status(received) == 408
+    assert time.monotonic() - started < 5
+
+
+def test_a_body_that_drips(served: Served) -> None:
+    with connect(served) as client:
+        client.sendall(head(len(BODY)))
+        received = b""
+        try:
+            for byte in BODY[:40]:
+                client.sendall(bytes([byte]))
+                time.sleep(0.05)
+            received = read_all(client)
+        except OSError:
+            return
+    assert status(received) == 408
+
+
+@pytest.mark.parametrize("start", [b"", b"GET /health HTTP/1.1\r\nHo"])
+def test_headers_that_do_not_come(served: Served, start: bytes) -> None:
+    started = time.monotonic()
+    assert talk(served, start) == b""
+    assert 0.3 < time.monotonic() - started < 5
+
+
+def test_a_second_request_of_a_connection_has_the_deadline_too(served: Served) -> None:
+    with connect(served) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b"200 OK" in client.recv(65536)
+        client.sendall(b"GET /hea")
+        started = time.monotonic()
+        read_all(client)
+        assert time.monotonic() - started < 5
+
+
+def test_an_idle_connection_is_kept_for_its_next_request(served: Served) -> None:
+    with connect(served) as client:
+        for _ in range(2):
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b"200 OK" in client.recv(65536)
+            time.sleep(0.6)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00",
+        b"\r\n\r\nnonsense\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"POST " + PATH.encode() + b" HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        head("10, 20"),
+        head(5, "Transfer-Encoding: chunked") + b"zz\r\n\r\n",
+    ],
+    ids=range(7),
+)
+def test_what_is_no_http(served: Served, data: bytes) -> None:
+    received = talk(served, data)
+    assert not received or 400 <= status(received) < 500
+
+
+def test_a_client_that_goes_while_its_answer_is_made() -> None:
+    with serve(FakeEngine("x" * 400, delay_s=0.05)) as served:
+        with connect(served) as client:
+            client.sendall(head(len(BODY)) + BODY)
+            wait_for(lambda: served.engine.live == 1)
+        started = time.monotonic()
+        wait_for(lambda: served.engine.live == 0)
+        assert time.monotonic() - started < 1
+        assert len(served.engine.cancelled) == 1
+        assert "prefillshare_clients_gone_total 1.0" in served.http.get("/metrics").text
+
+
+def test_a_client_that_goes_while_it_waits_in_a_stream() -> None:
+    body = BODY[:-1] + b', "stream": true, "n": 2}'
+    with serve(FakeEngine("x" * 400, delay_s=0.3)) as served:
+        with connect(served) as client:
+            client.sendall(head(len(body)) + body)
+            wait_for(lambda: served.engine.live == 2)
+        wait_for(lambda: served.engine.live == 0, 2)
+        assert len(served.engine.cancelled) == 2
+
+
+def test_a_client_that_reads_nothing_is_cut_off() -> None:
+    # So much per token that the buffers between here and there fill.
+    script = "x" * 400
+    engine = FakeEngine(script, delay_s=0.001)
+    body = BODY[:-1] + b', "stream": true, "logprobs": true, "top_logprobs": 20, "n": 16}'
+    with serve(engine, write_timeout_s=0.3) as served:
+        with connect(served) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.sendall(head(len(body)) + body)
+            wait_for(lambda: "clients_gone_total 1.0" in served.http.get("/metrics").text, 20)
+        assert served.lives()
+
+
+def test_no_more_connections_than_allowed() -> None:
+    with serve(FakeEngine(), max_connections=3) as served:
+        idle = [connect(served) for _ in range(3)]
+        try:
+            wait_for(lambda: len(served.server.server_state.connections) >= 3)
+            assert served.http.get("/health").status_code == 503
+        finally:
+            for client in idle:
+                client.close()
+        wait_for(lambda: served.http.get("/health").status_code == 200)
