@@ -27,14 +27,12 @@ class CardFacts:
     """What no file of a checkpoint tells.
 
     Attributes:
-        repo_id: where the decoder will lie; its folder's name where None.
         evaluation: folder or `summary.json` of an evaluation of this decoder.
         hardware: what it was trained on.
         co2_grams: measured emissions of the training run.
         license: an identifier such as `apache-2.0`.
     """
 
-    repo_id: str | None = None
     evaluation: Path | None = None
     hardware: str | None = None
     co2_grams: float | None = None
@@ -42,12 +40,18 @@ class CardFacts:
 
 
 def write_card(
-    folder: Path, checkpoint: Path, contract: Contract, recipe: dict[str, Any], facts: CardFacts
+    folder: Path,
+    name: str,
+    checkpoint: Path,
+    contract: Contract,
+    recipe: dict[str, Any],
+    facts: CardFacts,
 ) -> None:
     """Write `README.md` of an exported decoder.
 
     Args:
         folder: the exported decoder, complete but for the card.
+        name: hub id or folder to load it by.
         checkpoint: what it was exported from; evaluation and log belong to its weights.
         contract: as exported.
         recipe: as exported; empty where there is none.
@@ -57,7 +61,6 @@ def write_card(
     """
     rows = evaluation_rows(facts.evaluation, checkpoint, contract) if facts.evaluation else []
     log = training_log(checkpoint)
-    name = facts.repo_id or folder.name.removeprefix(".unfinished-").rsplit("-", 1)[0]
     data = _metadata(name.split("/")[-1], contract, recipe, facts, rows)
     text = (
         _environment()

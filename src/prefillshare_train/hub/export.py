@@ -60,7 +60,9 @@ class ExportOptions:
     card: CardFacts = dataclasses.field(default_factory=CardFacts)
 
 
-def export_decoder(checkpoint: Path, out: Path, options: ExportOptions) -> Path:
+def export_decoder(
+    checkpoint: Path, out: Path, options: ExportOptions, *, name: str | None = None
+) -> Path:
     """Write a decoder to `out`, whole or not at all.
 
     Full and merged weights are loaded back before the folder appears; their logits equal those of
@@ -70,6 +72,7 @@ def export_decoder(checkpoint: Path, out: Path, options: ExportOptions) -> Path:
         checkpoint: a decoder's folder, a `checkpoint-N` folder, or a run's folder that holds a
             finished decoder.
         out: folder to make.
+        name: what its model card calls it, such as the hub id that it will have; `out` where None.
 
     Returns:
         `out`.
@@ -98,7 +101,7 @@ def export_decoder(checkpoint: Path, out: Path, options: ExportOptions) -> Path:
             _write_adapter(checkpoint, folder, exported, options)
         exported.save(folder)
         recipe = published_recipe(checkpoint, folder, exported)
-        write_card(folder, checkpoint, exported, recipe, options.card)
+        write_card(folder, name or str(out), checkpoint, exported, recipe, options.card)
     return out
 
 
