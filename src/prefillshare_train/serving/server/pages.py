@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from importlib import resources
 
 from fastapi import APIRouter
@@ -35,7 +36,7 @@ def pages_router() -> APIRouter:
     return router
 
 
-def _file(body: bytes, media_type: str):  # type: ignore[no-untyped-def]
+def _file(body: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
     async def file() -> Response:
         return Response(body, headers=_HEADERS, media_type=media_type)
 
