@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from tests.workloads.fakes import FakeEngine, plan
 
+from prefillshare_train.workloads import points
 from prefillshare_train.workloads.client import in_process
 from prefillshare_train.workloads.driver import LoadResult
 from prefillshare_train.workloads.errors import WorkloadError
@@ -49,12 +50,12 @@ def bench(
 def test_each_point_has_a_fresh_engine_and_its_figures(tmp_path: Path) -> None:
     engines: list[FakeEngine] = []
     results: dict[LoadPoint, LoadResult] = {}
-    points = [POINT, replace(POINT, mode="isolated")]
-    found = bench(tmp_path, engines, on_result=results.__setitem__).run(points)
+    both = [POINT, replace(POINT, mode="isolated")]
+    found = bench(tmp_path, engines, on_result=results.__setitem__).run(both)
     assert [(e.started, e.stopped) for e in engines] == [(1, 1), (1, 1)]
     # One warm-up session and three measured ones of six calls; only these are in the figures.
     assert [len(engine.requests) for engine in engines] == [24, 24]
-    assert list(found) == points
+    assert list(found) == both
     assert found[POINT]["requests"] == 18
     assert found[POINT]["errors"] == 0
     assert len(results[POINT].requests) == 18
@@ -65,8 +66,8 @@ def test_each_point_has_a_fresh_engine_and_its_figures(tmp_path: Path) -> None:
 
 def test_modes_and_rates_get_the_same_prompts(tmp_path: Path) -> None:
     engines: list[FakeEngine] = []
-    points = [POINT, replace(POINT, mode="isolated", sessions_per_s=200.0, max_sessions=1)]
-    bench(tmp_path, engines).run(points)
+    other = replace(POINT, mode="isolated", sessions_per_s=200.0, max_sessions=1)
+    bench(tmp_path, engines).run([POINT, other])
     first, second = ({r.prompt_ids for r in engine.requests} for engine in engines)
     assert first == second
 
@@ -87,12 +88,24 @@ def test_other_settings_are_other_points(tmp_path: Path) -> None:
     assert len(engines) == len(list(tmp_path.glob("*.json"))) == 3
 
 
+@pytest.mark.parametrize("name", ["machine", "_code_fingerprint"])
+def test_another_machine_or_engine_is_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    engines: list[FakeEngine] = []
+    bench(tmp_path, engines).run([POINT])
+    monkeypatch.setattr(points, name, lambda: "another")
+    bench(tmp_path, engines).run([POINT])
+    assert len(engines) == 2
+
+
 def test_a_file_holds_the_point_and_every_record(tmp_path: Path) -> None:
     bench(tmp_path, []).run([POINT])
     [path] = tmp_path.glob("*.json")
     held = json.loads(path.read_text())
     assert held["point"]["mode"] == "shared"
-    assert held["setup"] == {"base": "b"}
+    assert held["setup"]["base"] == "b"
+    assert set(held["setup"]) == {"base", "machine", "code"}
     assert len(held["requests"]) == 18
     assert len(held["sessions"]) == 3
     assert held["figures"]["machine"]
@@ -140,17 +153,23 @@ from pathlib import Path
 from dataclasses import replace
 from tests.workloads.fakes import FakeEngine
 from tests.workloads.test_points import POINT, bench
+engines = []
 points = [replace(POINT, repeat=n) for n in range(4)]
-bench(Path(sys.argv[1]), [], lambda: FakeEngine(first_s=0.02)).run(points)
+bench(Path(sys.argv[1]), engines, lambda: FakeEngine(first_s=0.02)).run(points)
+print(len(engines))
 """
 
 
 def test_a_killed_run_goes_on_at_the_point_it_was_in(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SLOW, str(tmp_path)]
     root = Path(__file__).resolve().parents[2]
-    process = subprocess.Popen(
-        command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, stderr=subprocess.DEVNULL
-    )
+    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    options: dict[str, Any] = {
+        "args": [sys.executable, "-c", SLOW, str(tmp_path)],
+        "cwd": root,
+        "env": {**os.environ, "PYTHONPATH": paths},
+        "stderr": subprocess.DEVNULL,
+    }
+    process = subprocess.Popen(**options)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("bench*.json")):
         assert process.poll() is None
@@ -162,7 +181,6 @@ def test_a_killed_run_goes_on_at_the_point_it_was_in(tmp_path: Path) -> None:
     assert 1 <= len(done) < 4
     # What a kill in the middle of writing leaves is not taken for a finished point.
     (tmp_path / ".unfinished-bench-x.json").write_text("{")
-    engines: list[FakeEngine] = []
-    bench(tmp_path, engines).run([replace(POINT, repeat=n) for n in range(4)])
-    assert len(engines) == 4 - len(done)
+    again = subprocess.run(**options, check=True, stdout=subprocess.PIPE, text=True)
+    assert int(again.stdout) == 4 - len(done)
     assert all(path.read_bytes() == content for path, content in done.items())

@@ -20,9 +20,11 @@ def user_errors(extra: str | None = None) -> Iterator[None]:
     from prefillshare_train.core.families import UnsupportedModelError
     from prefillshare_train.data import DataError
     from prefillshare_train.evaluation.task import EvaluationError
+    from prefillshare_train.serving.api import ServingError
     from prefillshare_train.training.checkpoints import CheckpointReadError, CheckpointWriteError
     from prefillshare_train.training.recipe import RecipeError
     from prefillshare_train.training.trainer import TrainingDivergedError
+    from prefillshare_train.workloads.errors import WorkloadError
 
     known = (
         CheckpointReadError,
@@ -31,8 +33,10 @@ def user_errors(extra: str | None = None) -> Iterator[None]:
         DataError,
         EvaluationError,
         RecipeError,
+        ServingError,
         TrainingDivergedError,
         UnsupportedModelError,
+        WorkloadError,
     )
     try:
         yield

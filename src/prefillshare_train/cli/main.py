@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import typer
 
-from prefillshare_train.cli import compare, demo, evaluate, held_out, inspect, lm_eval, train
+from prefillshare_train.cli import (
+    bench,
+    compare,
+    demo,
+    evaluate,
+    held_out,
+    inspect,
+    lm_eval,
+    serve,
+    train,
+)
 
 app = typer.Typer(
     name="prefillshare",
@@ -19,6 +29,8 @@ app.command("eval")(evaluate.evaluate)
 app.command("lm-eval", context_settings=lm_eval.CONTEXT_SETTINGS)(lm_eval.lm_eval)
 app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
+app.command("serve")(serve.serve)
+app.command("bench")(bench.bench)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ _FIGURES = {
     "throughput_tok_s": "response tokens per second",
     "p95_s": "p95 of a session, s",
     "ttft_p95_s": "p95 of TTFT, s",
-    "hit_ratio": "prefix-cache hits, share",
+    "hit_ratio": "hits (thin: at most)",
 }
 
 
@@ -77,7 +77,8 @@ def plot_gain_map(
         picture = axes.imshow(grid, vmin=1, vmax=max(top, 1.01), cmap="YlGn", origin="lower")
         for (line, column), value in np.ndenumerate(grid):
             if not np.isnan(value):
-                axes.text(column, line, f"{value:.2f}", ha="center", va="center", fontsize=8)
+                colour = "white" if value > (1 + top) / 2 else "black"
+                axes.text(column, line, f"{value:.2f}", color=colour, ha="center", va="center")
         axes.set_xticks(range(len(responses)), responses)
         axes.set_yticks(range(len(prompts)), prompts)
         axes.set_xlabel("response tokens")

@@ -124,8 +124,8 @@ ClientFactory = Callable[[LoadPoint], AbstractAsyncContextManager[Client]]
 class PointStore:
     """A folder with one file a finished load point.
 
-    A file's name holds a digest of the point and of `setup`: other settings are other files, and a
-    finished one is never run again.
+    A file's name holds a digest of the point, of `setup`, of the machine and of the engine's code:
+    anything else is another file, and a finished one is never run again.
 
     Args:
         setup: all else that shapes the figures (model, dtype, lengths, seeds), as JSON values.
@@ -133,7 +133,7 @@ class PointStore:
 
     def __init__(self, folder: Path, setup: dict[str, Any]) -> None:
         self._folder = folder
-        self._setup = setup
+        self._setup = {**setup, "machine": machine(), "code": _code_fingerprint()}
 
     def path(self, point: LoadPoint) -> Path:
         """The point's file."""
@@ -230,6 +230,16 @@ async def _drive_both(
                 f"{errors[0]}"
             )
         return warm, await drive(client, workload.sessions(point), options, on_call)
+
+
+def _code_fingerprint() -> str:
+    """SHA-256 of the sources that a load runs through, so that figures of old code are not kept."""
+    package = Path(__file__).resolve().parents[1]
+    hasher = hashlib.sha256()
+    for part in ("core", "serving", "workloads"):
+        for path in sorted((package / part).rglob("*.py")):
+            hasher.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    return hasher.hexdigest()[:16]
 
 
 def _check_lengths(sessions: Sequence[Session], limit: int | None) -> None:

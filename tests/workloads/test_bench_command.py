@@ -1,0 +1,80 @@
+"""`prefillshare bench` from its flags to its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.workloads.conftest import NAMES
+from typer.testing import CliRunner
+
+from prefillshare_train.cli.main import app
+from prefillshare_train.workloads.errors import WorkloadError
+from prefillshare_train.workloads.report import KEYS
+from prefillshare_train.workloads.run import Grid, numbers
+
+
+def bench(served: Path, out: Path, *options: str) -> str:
+    decoders = [f"--decoder={name}={served / name}" for name in NAMES]
+    sizes = [
+        "--system-tokens=6",
+        "--kv-gib=0.05",
+        "--sessions=2",
+        "--warm-up=1",
+        "--max-sessions=2",
+    ]
+    result = CliRunner().invoke(
+        app, ["bench", f"--base={served / 'base'}", *decoders, *sizes, f"--out={out}", *options]
+    )
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_both_modes_are_measured_reported_and_recorded(served: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    options = ("--workload=uniform", "--calls=4", "--rate=all,50", f"--record={trace}")
+    output = bench(served, tmp_path / "out", *options)
+    rows = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert [(row["mode"], row["sessions_per_s"]) for row in rows] == [
+        ("shared", None),
+        ("isolated", None),
+        ("shared", 50.0),
+        ("isolated", 50.0),
+    ]
+    assert all(tuple(row)[: len(KEYS)] == KEYS for row in rows)
+    assert all(row["errors"] == 0 and row["hit_ratio"] > 0 for row in rows)
+    assert "| uniform | compute | shared | 3 | all at once | 2 |" in output
+    assert (tmp_path / "out" / "bench.md").read_text() in output
+    points = list((tmp_path / "out" / "points").glob("*.json"))
+    assert len(points) == 4
+    times = {path: path.stat().st_mtime_ns for path in points}
+    bench(served, tmp_path / "out", *options)
+    assert {path: path.stat().st_mtime_ns for path in points} == times
+    # The trace is a workload of its own.
+    again = bench(served, tmp_path / "replay", f"--workload={trace}", "--mode=shared")
+    assert "| trace | compute | shared | 3 |" in again
+
+
+def test_faults_are_told_in_a_line(served: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["bench", f"--base={served / 'base'}", "--decoder=nowhere", f"--out={tmp_path}"]
+    )
+    assert result.exit_code == 2
+    assert "--decoder nowhere: give name=folder" in result.output
+
+
+def test_grid_alternates_modes_innermost() -> None:
+    grid = Grid("react", ("shared", "isolated"), (None, 1.0), (2, 4), 4, 8, 1, 2, 1)
+    points = grid.points()
+    assert len(points) == len(set(points)) == 16
+    assert [p.mode for p in points[:4]] == ["shared", "isolated"] * 2
+    assert [p.repeat for p in points] == [0] * 8 + [1] * 8
+
+
+def test_numbers_are_read_with_commas() -> None:
+    assert numbers("1, 2,4", "--x") == [1, 2, 4]
+    assert numbers("all,0.5", "--x", float, words={"all": None}) == [None, 0.5]
+    for text in ("0", "a", "-1", "inf", ""):
+        with pytest.raises(WorkloadError, match="--x"):
+            numbers(text, "--x", float, words={"all": None})
