@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from prefillshare_train.core.contract import Contract
 from prefillshare_train.hub.card import is_hub_id
 from prefillshare_train.hub.errors import HubError
+from prefillshare_train.hub.export import ExportOptions, checkpoint_folder, export_decoder
+from prefillshare_train.hub.source import HUB_ID
+
+_SCHEME = "hf://"
 
 # Of an earlier push to the same place. Left there, shards or an adapter of another decoder would be
 # loaded along with this one.
@@ -39,6 +44,43 @@ class PushOptions:
     public: bool = False
 
 
+def hub_target(text: str) -> str | None:
+    """The hub id that `--to` names, or None where it names a folder.
+
+    `owner/name` is a hub id unless there is a folder `owner` here, `hf://owner/name` always.
+
+    Raises:
+        HubError: what follows `hf://` is no hub id.
+    """
+    name = text.removeprefix(_SCHEME)
+    if not HUB_ID.fullmatch(name):
+        if name != text:
+            raise HubError(f"--to {text}: give hf://owner/name")
+        return None
+    return name if name != text or not Path(name).parent.is_dir() else None
+
+
+def publish_decoder(
+    checkpoint: Path, repo_id: str, export: ExportOptions, push: PushOptions
+) -> str:
+    """Export a checkpoint and push what was written; nothing stays on disk.
+
+    Exporting again writes the same bytes, so that a push which broke off goes on.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        HubError, ContractError, DataError: see `export_decoder` and `push_decoder`.
+    """
+    checkpoint = checkpoint_folder(checkpoint)
+    _check_shareable(export.base_id or Contract.load(checkpoint).base_id)
+    # Beside the checkpoint: weights may not fit where temporary files go.
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=checkpoint.resolve().parent) as place:
+        out = export_decoder(checkpoint, Path(place) / "decoder", export, name=repo_id)
+        return push_decoder(out, repo_id, push)
+
+
 def push_decoder(folder: Path, repo_id: str, options: PushOptions) -> str:
     """Upload an exported decoder in one commit, so that nobody ever loads half of one.
 
@@ -57,13 +99,7 @@ def push_decoder(folder: Path, repo_id: str, options: PushOptions) -> str:
         ContractError: the folder is no decoder.
     """
     contract = Contract.load(folder)
-    if not is_hub_id(contract.base_id):
-        raise HubError(
-            f"the decoder's base is called {contract.base_id!r}, which nobody else can load: name "
-            "its hub id with --base owner/name"
-        )
-    if is_offline_mode():
-        raise HubError("HF_HUB_OFFLINE is set: unset it to push, or export to a folder")
+    _check_shareable(contract.base_id)
     api = HfApi()
     with _told(repo_id):
         api.create_repo(repo_id, private=not options.public, exist_ok=True)
@@ -86,6 +122,17 @@ def push_decoder(folder: Path, repo_id: str, options: PushOptions) -> str:
             revision=options.revision,
         )
     return str(commit.commit_url)
+
+
+def _check_shareable(base_id: str) -> None:
+    """What can be told before any weight is read."""
+    if not is_hub_id(base_id):
+        raise HubError(
+            f"the decoder's base is called {base_id!r}, which nobody else can load: name its hub "
+            "id with --base owner/name"
+        )
+    if is_offline_mode():
+        raise HubError("HF_HUB_OFFLINE is set: unset it to push, or export to a folder")
 
 
 def _is_ours(name: str) -> bool:
