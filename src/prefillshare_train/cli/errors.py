@@ -20,6 +20,7 @@ def user_errors(extra: str | None = None) -> Iterator[None]:
     from prefillshare_train.core.families import UnsupportedModelError
     from prefillshare_train.data import DataError
     from prefillshare_train.evaluation.task import EvaluationError
+    from prefillshare_train.hub.errors import HubError
     from prefillshare_train.serving.api import ServingError
     from prefillshare_train.training.checkpoints import CheckpointReadError, CheckpointWriteError
     from prefillshare_train.training.recipe import RecipeError
@@ -32,6 +33,7 @@ def user_errors(extra: str | None = None) -> Iterator[None]:
         ContractError,
         DataError,
         EvaluationError,
+        HubError,
         RecipeError,
         ServingError,
         TrainingDivergedError,

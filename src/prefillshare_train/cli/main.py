@@ -8,7 +8,9 @@ from prefillshare_train.cli import (
     bench,
     compare,
     demo,
+    doctor,
     evaluate,
+    export,
     held_out,
     inspect,
     lm_eval,
@@ -29,6 +31,8 @@ app.command("eval")(evaluate.evaluate)
 app.command("lm-eval", context_settings=lm_eval.CONTEXT_SETTINGS)(lm_eval.lm_eval)
 app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
+app.command("export")(export.export)
+app.command("doctor")(doctor.doctor)
 app.command("serve")(serve.serve)
 app.command("bench")(bench.bench)
 
