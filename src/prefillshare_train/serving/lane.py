@@ -14,11 +14,9 @@ from transformers import PreTrainedModel
 from prefillshare_train.core.attention import JOB_KEYWORD, LastLayerReached
 from prefillshare_train.core.layout import Segment, group_segments, positions_of
 from prefillshare_train.core.modules import causal_lm_of, run_backbone
+from prefillshare_train.serving.adapters import Adapters
 from prefillshare_train.serving.kv_storage import KVStorage
 from prefillshare_train.serving.paged_attention import DecodeJob, PackedJob, Scratch
-
-BASE_ADAPTER = "__base__"
-"""PEFT's name, in a batch of mixed adapters, for rows that use none."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,14 @@ class DecodeRow:
 
     Attributes:
         token: its id.
-        adapter: which adapter runs it; None for a lane of one decoder.
+        adapter: which of its lane's adapters runs it.
         prompt_blocks: blocks that hold the base's K/V of the prompt's first `base_tokens` tokens.
         own_blocks: blocks of the decoder's own K/V, of which `own_tokens` are written; the token's
             go next to them.
     """
 
     token: int
-    adapter: str | None
+    adapter: str
     prompt_blocks: Sequence[int]
     base_tokens: int
     own_blocks: Sequence[int]
@@ -87,15 +85,14 @@ def run_pieces(
 class Lane:
     """A model that decodes for one decoder, or for all LoRA decoders of a base at once."""
 
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, adapters: Adapters) -> None:
         self.model = model
+        self._adapters = adapters
         self._scratch = Scratch()
 
-    def run_prompt_ends(
-        self, storage: KVStorage, pieces: Sequence[Piece], adapter: str | None
-    ) -> None:
+    def run_prompt_ends(self, storage: KVStorage, pieces: Sequence[Piece], adapter: str) -> None:
         """Run prompt tokens that are the decoder's, into its own blocks."""
-        with self._only(adapter):
+        with self._adapters.running([adapter]):
             run_pieces(causal_lm_of(self.model), storage, pieces, stop_early=True)
 
     @torch.inference_mode()
@@ -105,34 +102,12 @@ class Lane:
         Returns:
             Logits of the next tokens, (R, vocabulary) float32.
         """
+        job, positions = self._job(storage, rows)
         device = storage.device
-        size = storage.block_tokens
-        tables = []
-        for row in rows:
-            used = row.own_tokens // size + 1
-            tables.append([*row.prompt_blocks, *row.own_blocks[:used]])
-        width = max(map(len, tables))
-        held = torch.tensor([[r.base_tokens, r.own_tokens] for r in rows], device=device)
-        job = DecodeJob(
-            storage,
-            torch.tensor([t + t[-1:] * (width - len(t)) for t in tables], device=device),
-            torch.tensor(
-                [storage.slots(r.own_blocks, r.own_tokens, r.own_tokens + 1)[0] for r in rows],
-                device=device,
-            ),
-            held[:, 0],
-            torch.tensor([len(r.prompt_blocks) * size for r in rows], device=device),
-            held[:, 1] + 1,
-            self._scratch,
-        )
-        names = [row.adapter for row in rows]
-        options = {}
-        if len(set(names)) > 1:
-            options["adapter_names"] = names
-        with self._only(names[0] if not options else None):
+        with self._adapters.running([row.adapter for row in rows]) as options:
             output = self.model(
                 input_ids=torch.tensor([[row.token] for row in rows], device=device),
-                position_ids=held.sum(dim=1, keepdim=True),
+                position_ids=positions,
                 # transformers returns a 4-D mask untouched; the job makes its own.
                 attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),
                 use_cache=False,
@@ -142,15 +117,20 @@ class Lane:
         logits: Tensor = output.logits[:, -1].float()
         return logits
 
-    @contextlib.contextmanager
-    def _only(self, adapter: str | None):  # type: ignore[no-untyped-def]
-        """One adapter for all rows, or none for a lane without adapters or with them mixed."""
-        if adapter is None or not isinstance(self.model, PeftModel):
-            yield
-        elif adapter == BASE_ADAPTER:
-            with self.model.disable_adapter():
-                yield
-        else:
-            if self.model.active_adapter != adapter:
-                self.model.set_adapter(adapter)
-            yield
+    def _job(self, storage: KVStorage, rows: Sequence[DecodeRow]) -> tuple[DecodeJob, Tensor]:
+        """The rows' blocks as tensors, and their tokens' positions, (R, 1)."""
+        device, size = storage.device, storage.block_tokens
+        tables = [[*r.prompt_blocks, *r.own_blocks[: r.own_tokens // size + 1]] for r in rows]
+        width = max(map(len, tables))
+        targets = [r.own_blocks[r.own_tokens // size] * size + r.own_tokens % size for r in rows]
+        held = torch.tensor([[r.base_tokens, r.own_tokens] for r in rows], device=device)
+        job = DecodeJob(
+            storage,
+            torch.tensor([t + t[-1:] * (width - len(t)) for t in tables], device=device),
+            torch.tensor(targets, device=device),
+            held[:, 0],
+            torch.tensor([len(r.prompt_blocks) * size for r in rows], device=device),
+            held[:, 1] + 1,
+            self._scratch,
+        )
+        return job, held.sum(dim=1, keepdim=True)

@@ -14,8 +14,14 @@ from prefillshare_train.core.contract import Contract, ContractError
 from prefillshare_train.core.decoder_set import DecoderSet
 from prefillshare_train.core.families import position_limit
 from prefillshare_train.data import Renderer, make_renderer, saved_renderer
+from prefillshare_train.serving.adapters import (
+    BASE_ADAPTER,
+    NoAdapters,
+    PeftAdapters,
+    stack_adapters,
+)
 from prefillshare_train.serving.api import ServingError
-from prefillshare_train.serving.lane import BASE_ADAPTER, Lane
+from prefillshare_train.serving.lane import Lane
 
 BASE = "base"
 """Name under which the base itself can be served."""
@@ -29,14 +35,14 @@ class ServedDecoder:
         name: as requests call it.
         rule: who runs which prompt token.
         lane: the model that runs it, with others where they are adapters of one base.
-        adapter: its name there; None where the lane is this decoder alone.
+        adapter: its name there.
         contract: what it was trained against; None for the base.
     """
 
     name: str
     rule: BoundaryRule
     lane: Lane
-    adapter: str | None
+    adapter: str
     contract: Contract | None
 
 
@@ -58,16 +64,15 @@ class ServedModels:
         self.base_fingerprint = loaded.base_fingerprint
         self.dtype = loaded.dtype
         self.renderer = renderer
-        shared = Lane(loaded.lora or loaded.base)
+        shared = _shared_lane(loaded)
         self.decoders: dict[str, ServedDecoder] = {}
         for name, contract in loaded.contracts.items():
-            adapter = loaded.adapters.get(name)
-            lane = shared if adapter else Lane(loaded.full[name])
+            lane = Lane(loaded.full[name], NoAdapters()) if name in loaded.full else shared
+            adapter = loaded.adapters.get(name, BASE_ADAPTER)
             self.decoders[name] = ServedDecoder(name, contract.rule, lane, adapter, contract)
         if serve_base or not self.decoders:
-            adapter = BASE_ADAPTER if loaded.lora is not None else None
             rule = BoundaryRule("last_token")
-            self.decoders[BASE] = ServedDecoder(BASE, rule, shared, adapter, None)
+            self.decoders[BASE] = ServedDecoder(BASE, rule, shared, BASE_ADAPTER, None)
 
     @classmethod
     def load(
@@ -127,6 +132,16 @@ class ServedModels:
         limits = [getattr(config, "max_position_embeddings", None), position_limit(config)]
         known = [limit for limit in limits if limit is not None]
         return min(known) if known else None
+
+
+def _shared_lane(loaded: DecoderSet) -> Lane:
+    """The lane of all LoRA decoders, which can answer as the base too."""
+    if loaded.lora is None:
+        return Lane(loaded.base, NoAdapters())
+    stacked = stack_adapters(loaded.base, loaded.lora, tuple(loaded.adapters.values()))
+    if stacked is not None:
+        return Lane(*stacked)
+    return Lane(loaded.lora, PeftAdapters(loaded.lora))
 
 
 def _base_renderer(base: str, revision: str | None, chat_template: str | None) -> Renderer:
