@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PYTHON := $(BIN)/python
 PIP ?= $(PYTHON) -m pip
 CONSTRAINTS ?= constraints/cpu.txt
-EXTRAS ?= dev,gguf,bench,eval,tensorboard,wandb,trackio
+EXTRAS ?= dev,gguf,bench,eval,serve,tensorboard,wandb,trackio
 PYTEST_ARGS ?=
 
 MODEL := .cache/models/smollm2-135m-instruct
@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install model demo test lint bench-attention bench-train results docs build clean
+.PHONY: help install model demo test lint bench-attention bench-train bench-serve results docs build clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,11 @@ bench-attention: $(INSTALLED) ## Measure the CPU attention kernel beside SDPA
 
 bench-train: $(WEIGHTS) ## Measure training speed and memory side by side (QUICK=1: under 3 minutes)
 	$(PYTHON) benchmarks/train_speed.py --model $(MODEL) $(if $(QUICK),--quick)
+
+bench-serve: $(WEIGHTS) ## Measure shared against isolated prefill (QUICK=1: under four minutes)
+	$(PYTHON) benchmarks/serve.py --model $(MODEL) \
+		$(if $(QUICK),quick,compare ttft one-decoder decoders overload map)
+	$(if $(QUICK),,$(PYTHON) benchmarks/serve_baseline.py --model $(MODEL))
 
 results: $(WEIGHTS) ## Train the SmolLM2-135M recipes by both methods and compare them (two hours)
 	$(PYTHON) benchmarks/held_out.py

@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.serving.server.serving import serve
 from tests.workloads.conftest import NAMES
 from typer.testing import CliRunner
 
 from prefillshare_train.cli.main import app
+from prefillshare_train.serving.config import EngineConfig
+from prefillshare_train.serving.engine import Engine
+from prefillshare_train.serving.models import ServedModels
 from prefillshare_train.workloads.errors import WorkloadError
 from prefillshare_train.workloads.report import KEYS
 from prefillshare_train.workloads.run import Grid, numbers
@@ -54,6 +58,32 @@ def test_both_modes_are_measured_reported_and_recorded(served: Path, tmp_path: P
     # The trace is a workload of its own.
     again = bench(served, tmp_path / "replay", f"--workload={trace}", "--mode=shared")
     assert "| trace | compute | shared | 3 |" in again
+
+
+def test_a_server_is_measured_over_http(served: Path, tmp_path: Path) -> None:
+    models = ServedModels.load(str(served / "base"), {name: served / name for name in NAMES})
+    config = EngineConfig(kv_bytes=1 << 24, block_tokens=4)
+    names = [f"--decoder={name}" for name in NAMES]
+    rows = {}
+    with Engine(models, config) as engine, serve(engine) as running:
+        for api in ("completions", "chat"):
+            out = tmp_path / api
+            options = [
+                *("bench", f"--base={served / 'base'}", f"--url=http://127.0.0.1:{running.port}"),
+                *(f"--api={api}", "--workload=uniform", "--calls=4", "--response-tokens=6"),
+                *("--system-tokens=8", "--sessions=2", "--warm-up=1", f"--out={out}"),
+            ]
+            result = CliRunner().invoke(app, [*options, *names])
+            assert result.exit_code == 0, result.output
+            [rows[api]] = json.loads((out / "bench.json").read_text())
+    for row in rows.values():
+        assert (row["mode"], row["errors"], row["requests"]) == ("shared", 0, 8)
+        assert row["throughput_tok_s"] * row["duration_s"] == pytest.approx(8 * 6)
+        assert row["hit_ratio"] > 0.3
+        assert row["ttft_p95_s"] > 0
+        assert row["bound"] is row["peak_kv_bytes"] is None
+    plain = rows["completions"]
+    assert plain["hit_ratio"] == pytest.approx(plain["hit_ratio_max"], abs=0.05)
 
 
 def test_faults_are_told_in_a_line(served: Path, tmp_path: Path) -> None:
