@@ -166,3 +166,10 @@ def test_a_full_queue_says_when_to_come_back(models: ServedModels) -> None:
     while engine.stats().waiting:
         engine.step()
     engine.submit(request("math", prompt(7, 9)), lambda event: None)
+
+
+def test_budgets_that_cannot_be_are_refused(models: ServedModels) -> None:
+    with pytest.raises(ServingError, match="fewer than two blocks"):
+        engine_of(models, blocks=1)
+    with pytest.raises(ServingError, match="MiB of memory are free; lower it"):
+        engine_of(models, blocks=1 << 40)

@@ -222,6 +222,8 @@ class EngineStats:
         prompt_tokens, cached_tokens, prefilled_tokens, completion_tokens: sums over requests.
         retokenized_misses: turns whose session had generated other ids for the same place.
         prefill_seconds, decode_seconds: time spent in forward passes.
+        handover_seconds: from the end of prefill passes until the engine's process knew of them,
+            summed over `prefill_batches`.
         decode_steps, decode_rows: passes, and rows summed over them.
         finished: requests ended, by finish reason.
         workers_alive, workers_total: prefill workers.
@@ -254,6 +256,8 @@ class EngineStats:
     finished: dict[str, int]
     workers_alive: int
     workers_total: int
+    prefill_batches: int = 0
+    handover_seconds: float = 0.0
 
 
 class EngineClient(Protocol):

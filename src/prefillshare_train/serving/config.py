@@ -31,7 +31,8 @@ class EngineConfig:
         aging_tokens_per_s: a waiting prefill overtakes those with fewer tokens to run by so many
             tokens for each second it has waited.
         prefill_workers: prefill workers, each with its own share of the pool.
-        disaggregated: run each prefill worker as a process of its own.
+        disaggregated: run each prefill worker as a process of its own; the engine's process
+            decodes. On CPU.
 
     Raises:
         ServingError: a value is out of its range; the message names it.

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import psutil
+
 from prefillshare_train.data import Renderer
 from prefillshare_train.serving.api import (
     EngineStats,
@@ -23,6 +25,11 @@ from prefillshare_train.serving.api import (
     ServingError,
 )
 from prefillshare_train.serving.config import EngineConfig
+from prefillshare_train.serving.disaggregated import (
+    ProcessWorker,
+    divide_threads,
+    shared_storage,
+)
 from prefillshare_train.serving.intake import Intake
 from prefillshare_train.serving.kv_storage import KVGeometry, KVStorage
 from prefillshare_train.serving.models import ServedModels
@@ -54,7 +61,8 @@ class Engine:
         config: see `EngineConfig`.
 
     Raises:
-        ServingError: the byte budget does not hold two blocks a prefill worker.
+        ServingError: the byte budget does not hold two blocks a prefill worker or is more than the
+            memory that is free, or a worker's process does not come up.
     """
 
     def __init__(self, models: ServedModels, config: EngineConfig | None = None) -> None:
@@ -69,9 +77,7 @@ class Engine:
                 f"bytes for each of {self.config.prefill_workers} prefill workers; raise it"
             )
         total = each * self.config.prefill_workers
-        self.storage = KVStorage(
-            geometry, total, self.config.block_tokens, device=models.base.device
-        )
+        self.storage = self._make_storage(geometry, total)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._caches = {
             number: PrefixCache(
@@ -87,7 +93,7 @@ class Engine:
             min(reserve, each), self.config.session_idle_s, self._release_pinned
         )
         self._scheduler = Scheduler(self.config, self.storage, self._caches, self._sessions)
-        self._workers = {number: self._make_worker(number) for number in self._caches}
+        self._workers = self._make_workers()
         self._batches: dict[int, list[tuple[Sequence, int]]] = {}
         self._live: dict[str, Sequence] = {}
         self._lock = threading.Lock()
@@ -97,16 +103,32 @@ class Engine:
         self._stopping = threading.Event()
         self._sums: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
-        self._prefill_seconds = self._decode_seconds = 0.0
+        self._prefill_seconds = self._decode_seconds = self._handover_seconds = 0.0
         self._ends: list[float] = []
 
-    def _make_worker(self, number: int) -> PrefillWorker:
+    def _make_storage(self, geometry: KVGeometry, blocks: int) -> KVStorage:
+        size = self.config.block_tokens
         if self.config.disaggregated:
-            from prefillshare_train.serving.disaggregated import ProcessWorker
+            return shared_storage(geometry, blocks, size)
+        device = self.models.base.device
+        needed, free = blocks * size * geometry.token_bytes, psutil.virtual_memory().available
+        if device.type == "cpu" and needed > free:
+            raise ServingError(
+                f"kv_bytes asks for {needed >> 20} MiB and {free >> 20} MiB of memory are free; "
+                "lower it"
+            )
+        return KVStorage(geometry, blocks, size, device=device)
 
-            return ProcessWorker(number, self.models, self.storage, self._receive)
-        kind = InlineWorker if self.config.prefill_workers == 1 else ThreadWorker
-        return kind(number, self.models.base, self.storage, self._receive)
+    def _make_workers(self) -> dict[int, PrefillWorker]:
+        count, base = self.config.prefill_workers, self.models.base
+        if self.config.disaggregated:
+            threads = divide_threads(count)
+            return {
+                number: ProcessWorker(number, base, self.storage, self._receive, threads)
+                for number in range(count)
+            }
+        kind = InlineWorker if count == 1 else ThreadWorker
+        return {number: kind(number, base, self.storage, self._receive) for number in range(count)}
 
     # -- what callers use -------------------------------------------------------------------
 
@@ -199,6 +221,8 @@ class Engine:
             finished=dict(self._finished),
             workers_alive=len(self._workers),
             workers_total=self.config.prefill_workers,
+            prefill_batches=self._sums["batches"],
+            handover_seconds=self._handover_seconds,
         )
 
     # -- its thread -------------------------------------------------------------------------
@@ -317,6 +341,8 @@ class Engine:
             self._lose_worker(report.worker, report.error)
         else:
             self._prefill_seconds += report.seconds
+            self._handover_seconds += report.handover_s
+            self._sums["batches"] += 1
             for seq, count in batch:
                 self._scheduler.prefilled(seq, count)
         for seq, _ in batch:

@@ -23,11 +23,13 @@ class PrefillReport:
         worker: number of the worker.
         seconds: time of the forward pass.
         error: why the worker is lost; None where the K/V are in place.
+        handover_s: from the end of the pass until the engine's process knew of it.
     """
 
     worker: int
     seconds: float
     error: str | None = None
+    handover_s: float = 0.0
 
 
 Report = Callable[[PrefillReport], None]
