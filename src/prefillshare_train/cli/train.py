@@ -41,4 +41,5 @@ def train(
     if result.decoder is None:
         typer.echo("stopped by SIGTERM after saving; run the same command with --resume", err=True)
         raise typer.Exit(SIGTERM_STATUS)
-    typer.echo(f"decoder: {result.decoder}")
+    if result.trainer.is_world_process_zero():
+        typer.echo(f"decoder: {result.decoder}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from types import MethodType
 from typing import Any
 
 import torch
@@ -19,11 +18,9 @@ from prefillshare_train.core.attention import (
     LastLayerReached,
 )
 from prefillshare_train.core.families import check_supported, position_limit
+from prefillshare_train.core.forward import attach_loss_head, causal_lm_of, run_backbone
 from prefillshare_train.core.layout import Segment, SegmentGroup, group_segments, positions_of
-from prefillshare_train.core.loss import LogitTransform, LossSums, linear_cross_entropy
 from prefillshare_train.core.prompt_cache import PromptCache
-
-_LOSS_HEAD = "_prefillshare_loss_head"
 
 
 def load_causal_lm(
@@ -62,21 +59,6 @@ def load_causal_lm(
     return model
 
 
-def causal_lm_of(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper, or the model itself.
-
-    Raises:
-        TypeError: it is neither.
-    """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(inner, PreTrainedModel):
-        raise TypeError(
-            f"expected a transformers causal LM or a PeftModel around one, found "
-            f"{type(model).__name__}"
-        )
-    return inner
-
-
 def use_prefillshare_attention(model: nn.Module) -> None:
     """Switch a loaded model (PEFT-wrapped or not) to the attention that records and conditions.
 
@@ -102,29 +84,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def run_backbone(
-    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, job: Any
-) -> Tensor:
-    """Run the decoder stack below the LM head under an attention job.
-
-    Args:
-        input_ids, position_ids: (B, T) int64.
-
-    Returns:
-        Hidden states after the final norm, (B, T, D).
-    """
-    # transformers returns a 4-D mask untouched, so no mask is built that the job would ignore.
-    unread_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=input_ids.device)
-    output = model.base_model(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        attention_mask=unread_mask,
-        use_cache=False,
-        **{JOB_KEYWORD: job},
-    )
-    return output.last_hidden_state
 
 
 def check_positions(config: PreTrainedConfig, max_position: int) -> None:
@@ -159,11 +118,22 @@ class PrefillModule:
         self.model = model
         self.causal_lm = causal_lm_of(model)
         self.stop_early = stop_early
+        self._root: nn.Module | None = None
         use_prefillshare_attention(model)
         self._shared = isinstance(model, PeftModel)
         if not self._shared:
             model.requires_grad_(False)
             model.eval()
+
+    def run_through(self, root: nn.Module) -> None:
+        """Run prompts by calling `root`, the wrapper that gathers the base's sharded parameters.
+
+        Every call then makes exactly one pass through it, even for a batch without prompt tokens,
+        since ranks gather together or wait for ever; and none stops early.
+        """
+        attach_loss_head(self.model)
+        self._root = root
+        self.stop_early = False
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -240,15 +210,24 @@ class PrefillModule:
             lengths: tokens of each prompt in the row; zeros are prompts with nothing to run.
             groups: the row's segments.
         """
-        record = PromptCache(lengths)
         if not input_ids.shape[1]:
+            if self._root is not None:
+                one = torch.zeros((1, 1), dtype=torch.long, device=input_ids.device)
+                self._run(one, one, AttentionJob(group_segments([Segment(1)])))
             return empty_cache(lengths, self.causal_lm)
         check_positions(self.config, int(position_ids.max()))
+        record = PromptCache(lengths)
         last = self.config.num_hidden_layers - 1 if self.stop_early else None
-        job = AttentionJob(groups, past=past, record=record, last_layer=last)
-        with self.base_weights(), contextlib.suppress(LastLayerReached):
-            run_backbone(self.causal_lm, input_ids, position_ids, job)
+        self._run(input_ids, position_ids, AttentionJob(groups, past, record, last))
         return record
+
+    def _run(self, input_ids: Tensor, position_ids: Tensor, job: AttentionJob) -> None:
+        with self.base_weights(), contextlib.suppress(LastLayerReached):
+            if self._root is None:
+                run_backbone(self.causal_lm, input_ids, position_ids, job)
+            else:
+                inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
+                self._root(**inputs, record_only=True, **{JOB_KEYWORD: job})
 
 
 def empty_cache(lengths: tuple[int, ...], model: PreTrainedModel) -> PromptCache:
@@ -263,45 +242,3 @@ def empty_cache(lengths: tuple[int, ...], model: PreTrainedModel) -> PromptCache
         for _ in range(config.num_hidden_layers)
     ]
     return PromptCache(lengths, blank, list(blank))
-
-
-def attach_loss_head(model: nn.Module) -> None:
-    """Teach a causal LM's forward to take a packed row and return loss sums.
-
-    `model(input_ids, position_ids, labels, target_index=..., prefillshare_job=...)` then returns a
-    dict of `nll` and `correct` (see `loss.LossSums`). Any other call is untouched. It is done on
-    the instance, inside the forward, because wrappers (DDP, FSDP, DeepSpeed, PEFT) only do their
-    work around a forward. Calling it twice is harmless.
-    """
-    causal_lm = causal_lm_of(model)
-    if getattr(causal_lm, _LOSS_HEAD, False):
-        return
-    bound = causal_lm.forward
-    # Unbound where it can be, so that a deep copy of the model runs its own weights.
-    plain_forward = getattr(bound, "__func__", lambda _, *args, **kwargs: bound(*args, **kwargs))
-    transform = LogitTransform.of(causal_lm.config)
-
-    def forward(
-        self: PreTrainedModel,
-        input_ids: Tensor | None = None,
-        *args: Any,
-        target_index: Tensor | None = None,
-        count_correct: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        if target_index is None:
-            return plain_forward(self, input_ids, *args, **kwargs)
-        assert input_ids is not None
-        job = kwargs[JOB_KEYWORD]
-        hidden = run_backbone(self, input_ids, kwargs["position_ids"], job)
-        sums: LossSums = linear_cross_entropy(
-            hidden[0, target_index[0]],
-            self.get_output_embeddings(),
-            kwargs["labels"][0],
-            transform,
-            count_correct=count_correct,
-        )
-        return {"nll": sums.nll, "correct": sums.correct}
-
-    causal_lm.forward = MethodType(forward, causal_lm)
-    setattr(causal_lm, _LOSS_HEAD, True)

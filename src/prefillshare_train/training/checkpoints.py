@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+from prefillshare_train.training.launch import any_rank
 from prefillshare_train.training.state_files import (
     SCHEDULER,
     load_generators,
@@ -197,6 +198,8 @@ class StopOnSignal(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        # Ranks may be signalled a step apart; they must stop at the same one.
+        self.stopped = any_rank(self.stopped, args.device)
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True

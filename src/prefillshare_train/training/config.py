@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from prefillshare_train.core.boundary import BoundaryRule
@@ -25,6 +27,9 @@ class CacheConditionedConfig(TrainingArguments):
     boundary: str = "last_token"
     """Who runs the last prompt tokens: `last_token`, `generation_prompt`, `block_aligned:B` or
     `ratio:r`."""
+    shard_base: bool = False
+    """Share a fully trained decoder's frozen base out over the ranks (FSDP2 and ZeRO-3 only), where
+    each would otherwise keep all of it. A LoRA decoder's base is the model, sharded as that is."""
     generate_every: int = 0
     """Measure exact match by generating answers every this many steps; 0 never does."""
     generate_rows: int = 32
@@ -36,8 +41,11 @@ class CacheConditionedConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
-            # transformers takes bf16 on a CPU only when told that the CPU is meant.
-            self.use_cpu = self.use_cpu or bool(self.bf16)
+            # transformers takes bf16, and accelerate makes a process group, only when told that the
+            # CPU is meant; accelerate leaves DeepSpeed out when told.
+            self.use_cpu = not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+            if "LOCAL_RANK" in os.environ:
+                self.ddp_backend = self.ddp_backend or "gloo"
             self.dataloader_pin_memory = False
         super().__post_init__()
         if self.method not in ("prefillshare", "full_prompt"):

@@ -10,14 +10,17 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, set_seed
 
 from prefillshare_train.core.contract import Contract, cache_config, weights_fingerprint
 from prefillshare_train.core.families import check_supported, position_limit
 from prefillshare_train.core.modules import causal_lm_of, load_causal_lm
 from prefillshare_train.data import PreparedData, build_dataset
+from prefillshare_train.training.base_weights import whole_weights
 from prefillshare_train.training.checkpoints import StopOnSignal
+from prefillshare_train.training.config import CacheConditionedConfig
 from prefillshare_train.training.exact_match import ExactMatchCallback
+from prefillshare_train.training.launch import refuse_lone_process
 from prefillshare_train.training.recipe import LoadedRecipe, Recipe, RecipeError
 from prefillshare_train.training.trainer import CacheConditionedTrainer
 
@@ -69,8 +72,13 @@ def _generation_ends(recipe: Recipe) -> list[int]:
     return [ends] if isinstance(ends, int) else list(ends or [])
 
 
-def build_models(recipe: Recipe) -> tuple[nn.Module, nn.Module | None, str]:
+def build_models(
+    recipe: Recipe, arguments: CacheConditionedConfig
+) -> tuple[nn.Module, nn.Module | None, str]:
     """Load the decoder, the base where it is a second model, and fingerprint the base.
+
+    Only a decoder that is trained in full beside its base may be partitioned as it is loaded; all
+    else is loaded whole on every rank, and sharded where the run shards.
 
     Returns:
         decoder, base (None for LoRA and for `full_prompt`), and the base's fingerprint.
@@ -78,18 +86,23 @@ def build_models(recipe: Recipe) -> tuple[nn.Module, nn.Module | None, str]:
     name, revision = recipe.base_location, recipe.base.revision
     base_dtype = getattr(torch, recipe.base.dtype)
     if recipe.decoder.adapter == "lora":
-        model = load_causal_lm(name, dtype=base_dtype, revision=revision)
+        with whole_weights(arguments):
+            model = load_causal_lm(name, dtype=base_dtype, revision=revision)
         fingerprint = weights_fingerprint(model)
         try:
             settings = LoraConfig(task_type="CAUSAL_LM", **recipe.decoder.lora)
         except TypeError as error:
             raise RecipeError(f"decoder.lora: {error}") from error
         return get_peft_model(model, settings), None, fingerprint
-    decoder = load_causal_lm(name, dtype=getattr(torch, recipe.decoder.dtype), revision=revision)
-    fingerprint = weights_fingerprint(decoder)
+    decoder_dtype = getattr(torch, recipe.decoder.dtype)
     if recipe.method == "full_prompt":
-        return decoder, None, fingerprint
-    return decoder, load_causal_lm(name, dtype=base_dtype, revision=revision), fingerprint
+        with whole_weights(arguments):
+            decoder = load_causal_lm(name, dtype=decoder_dtype, revision=revision)
+        return decoder, None, weights_fingerprint(decoder)
+    with whole_weights(arguments):
+        base = load_causal_lm(name, dtype=base_dtype, revision=revision)
+    fingerprint = weights_fingerprint(base)
+    return load_causal_lm(name, dtype=decoder_dtype, revision=revision), base, fingerprint
 
 
 def make_contract(recipe: Recipe, model: nn.Module, data: PreparedData, base: str) -> Contract:
@@ -117,6 +130,7 @@ def run_training(loaded: LoadedRecipe, *, resume: bool = False) -> RunResult:
         RecipeError: the output directory already holds a run and `resume` is False.
     """
     recipe = loaded.recipe
+    refuse_lone_process()
     arguments = recipe.training_arguments()
     output = Path(recipe.training["output_dir"])
     held = sorted(output.glob("checkpoint-*")) or sorted(output.glob(DECODER_FOLDER))
@@ -126,7 +140,8 @@ def run_training(loaded: LoadedRecipe, *, resume: bool = False) -> RunResult:
             "training.output_dir"
         )
     data = prepare_data(loaded)
-    model, base, fingerprint = build_models(recipe)
+    set_seed(arguments.seed)  # adapters begin at random weights, which every rank must share
+    model, base, fingerprint = build_models(recipe, arguments)
     stop = StopOnSignal()
     trainer = CacheConditionedTrainer(
         model,

@@ -30,8 +30,17 @@ from prefillshare_train.core.modules import (
 from prefillshare_train.core.packing import BatchLayout, Method, pack
 from prefillshare_train.core.prompt_cache import PromptCache
 from prefillshare_train.core.spans import Conversation
+from prefillshare_train.training.base_weights import shard_base
 from prefillshare_train.training.checkpoints import AtomicCheckpoints
 from prefillshare_train.training.config import CacheConditionedConfig
+from prefillshare_train.training.evaluation_batches import COUNTED, EvaluationBatches
+from prefillshare_train.training.launch import (
+    LaunchError,
+    allow_sharding_on_cpu,
+    check_launch,
+    follow_clipping,
+    shards_parameters,
+)
 from prefillshare_train.training.metrics import ThroughputMeter
 
 
@@ -72,6 +81,7 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
     """
 
     args: CacheConditionedConfig
+    _base_placed = False
 
     def __init__(
         self,
@@ -109,14 +119,38 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
         )
         # compute_loss divides by the tokens of the whole global batch.
         self.model_accepts_loss_kwargs = True
-        if self.prefill is not None and base is not None:
-            base.to(self.args.device)
+        self._base = base if self.prefill is not None else None
+        if self._base is not None and not args.shard_base:
+            self._base.to(self.args.device)
         self.meter = ThroughputMeter(
             self.decoder,
             full=not isinstance(model, PeftModel),
             checkpointing=bool(args.activation_checkpointing),
             peak_tflops=args.peak_tflops,
         )
+
+    # -- processes --------------------------------------------------------------------------------
+
+    def create_accelerator_and_postprocess(self) -> None:
+        allow_sharding_on_cpu()
+        super().create_accelerator_and_postprocess()
+        check_launch(self.accelerator)
+        follow_clipping(self.accelerator, self.args.max_grad_norm)
+        if self.args.generate_every and shards_parameters(self.accelerator):
+            raise LaunchError(
+                "training.generate_every answers with whole weights, and this run shards them. Set "
+                "it to 0 and measure the finished decoder with `prefillshare held-out`"
+            )
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        if self.prefill is not None and not self._base_placed:
+            if self._base is None and shards_parameters(self.accelerator):
+                self.prefill.run_through(model)
+            elif self._base is not None and self.args.shard_base:
+                self.prefill.run_through(shard_base(self._base, self.accelerator))
+        self._base_placed = True
+        return model, loader
 
     @staticmethod
     def _prefill_module(
@@ -217,6 +251,30 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
 
     # -- evaluation -------------------------------------------------------------------------------
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """This rank's share of the evaluation rows; see `EvaluationBatches`."""
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, str):
+            named: Any = self.eval_dataset
+            rows = named[rows]
+        if rows is None:
+            raise ValueError("evaluation needs an eval_dataset")
+        batches = EvaluationBatches(
+            rows,
+            self.args.eval_batch_size,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            partial(collate, rule=self.rule, method=_method(self.args.method)),
+        )
+        return DataLoader(batches, batch_size=None)
+
+    def _evaluated_model(self) -> nn.Module:
+        if self.is_in_train or (self._base_placed and shards_parameters(self.accelerator)):
+            return self.model_wrapped
+        if shards_parameters(self.accelerator):
+            raise LaunchError("sharded weights can be evaluated once training has placed them")
+        return self.accelerator.prepare_model(self.model, evaluation_mode=True)
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -226,34 +284,30 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Loss, token accuracy and perplexity over target tokens, whatever the batch split."""
-        if self.is_in_train:
-            model = self.model_wrapped
-        else:
-            model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
-        totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        examples = 0
+        model = self._evaluated_model()
+        totals = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         with evaluating(model), torch.no_grad():
             for inputs in dataloader:
                 inputs = self._prepare_inputs(inputs)
                 with self.compute_loss_context_manager():
                     sums = self.loss_sums(model, inputs, count_correct=True)
-                count = inputs["labels"].numel()
-                totals += torch.stack(
-                    [sums["nll"].double(), sums["correct"].double(), totals.new_tensor(count)]
-                )
-                layout: Any = inputs["layout"]
-                examples += layout.conversations
+                if inputs.get(COUNTED, True):
+                    totals[0] += sums["nll"]
+                    totals[1] += sums["correct"]
+                    totals[2] += inputs["labels"].numel()
+                    layout: Any = inputs["layout"]
+                    totals[3] += layout.conversations
                 self.control = self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 )
-        nll, correct, tokens = self.accelerator.reduce(totals, "sum").tolist()
+        nll, correct, tokens, examples = self.accelerator.reduce(totals, "sum").tolist()
         loss = nll / tokens
         metrics = {
             f"{metric_key_prefix}_loss": loss,
             f"{metric_key_prefix}_perplexity": float(torch.tensor(loss).exp()),
             f"{metric_key_prefix}_token_accuracy": correct / tokens,
         }
-        return EvalLoopOutput(np.empty(0), None, metrics, examples)
+        return EvalLoopOutput(np.empty(0), None, metrics, int(examples))
 
     # -- checkpoints ------------------------------------------------------------------------------
 
