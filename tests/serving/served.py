@@ -91,7 +91,11 @@ class Oracle:
         self._loaded = {name: load_decoder(folder / name) for name in DECODERS}
         self._stop = make_renderer(tiny_tokenizer()).end_token_ids
 
-    @functools.cache  # noqa: B019 (one oracle lives as long as its test module)
+    def forget(self) -> None:
+        """Drop remembered answers, so that they do not count as memory in use."""
+        self.answer.cache_clear()
+
+    @functools.lru_cache(maxsize=2000)  # noqa: B019 (one oracle lives as long as its test module)
     def answer(self, name: str, prompt: tuple[int, ...], max_tokens: int) -> list[int]:
         """Greedy response of a decoder, or of the base as its own decoder."""
         loaded = self._loaded["math" if name == "base" else name]

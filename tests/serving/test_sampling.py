@@ -1,0 +1,170 @@
+"""Tokens are picked by each request's own rules, and text comes as it becomes certain."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tests.data.helpers import tiny_tokenizer
+from tests.serving.served import Oracle, engine_of, request, run
+
+from prefillshare_train.serving.api import SamplingParams, ServingError
+from prefillshare_train.serving.detokenizer import Detokenizer
+from prefillshare_train.serving.models import ServedModels
+from prefillshare_train.serving.sampling import TokenPicker, pick_tokens
+
+PROMPT = tuple(range(20, 50))
+
+
+def picks(logits: list[float], count: int = 400, **options: object) -> set[int]:
+    picker = TokenPicker(SamplingParams(temperature=1.0, seed=1, **options), torch.device("cpu"))
+    return {picker.pick(torch.tensor(logits), ()) for _ in range(count)}
+
+
+def test_cuts_leave_only_what_they_should() -> None:
+    logits = [math.log(p) for p in (0.5, 0.3, 0.15, 0.05)]
+    assert picks(logits) == {0, 1, 2, 3}
+    assert picks(logits, top_k=2) == {0, 1}
+    assert picks(logits, top_p=0.7) == {0, 1}
+    assert picks(logits, min_p=0.2) == {0, 1, 2}
+
+
+def test_temperature_spreads_the_draws() -> None:
+    logits = torch.tensor([2.0, 0.0])
+
+    def share(temperature: float) -> float:
+        params = SamplingParams(temperature=temperature, seed=3)
+        picker = TokenPicker(params, torch.device("cpu"))
+        return sum(picker.pick(logits, ()) for _ in range(2000)) / 2000
+
+    for temperature in (0.5, 1.0, 4.0):
+        expected = 1 / (1 + math.exp(2.0 / temperature))
+        assert share(temperature) == pytest.approx(expected, abs=0.04)
+
+
+def test_a_repetition_penalty_sees_prompt_and_response() -> None:
+    params = SamplingParams(repetition_penalty=4.0)
+    picker = TokenPicker(params, torch.device("cpu"))
+    logits = torch.tensor([3.0, 2.0, 1.0])
+    assert picker.pick(logits, (2,)) == 0
+    assert picker.pick(logits, (0,)) == 1
+    assert picker.pick(logits, (0, 1)) == 2
+
+
+def test_a_greedy_row_beside_a_drawn_one_stays_greedy() -> None:
+    logits = torch.tensor([[0.0, 0.1], [0.0, 0.1]])
+    device = torch.device("cpu")
+    greedy = TokenPicker(SamplingParams(), device)
+    seen = set()
+    for seed in range(40):
+        drawn = TokenPicker(SamplingParams(temperature=1.0, seed=seed), device)
+        tokens, entries = pick_tokens(logits, [greedy, drawn], [(), ()])
+        assert tokens[0] == 1
+        assert entries == [None, None]
+        seen.add(tokens[1])
+    assert seen == {0, 1}
+
+
+def test_a_seed_decides_whatever_shares_the_batch(models: ServedModels) -> None:
+    options = {"temperature": 2.0, "seed": 11, "ignore_eos": True}
+    one = request("math", PROMPT, 20, **options)
+    alone = run(engine_of(models), [one]).generation(one.request_id)
+    again = request("math", PROMPT, 20, **options)
+    others = [request("code", PROMPT[: 5 + n], 20, temperature=1.0) for n in range(3)]
+    engine = engine_of(models, 200)
+    together = run(engine, [*others, again]).generation(again.request_id)
+    assert together.token_ids == alone.token_ids
+    other = request("math", PROMPT, 20, **(options | {"seed": 12}))
+    assert run(engine, [other]).generation(other.request_id).token_ids != alone.token_ids
+
+
+def test_logprobs_are_those_of_the_raw_logits(models: ServedModels) -> None:
+    one = request("math", PROMPT, 5, logprobs=3, ignore_eos=True)
+    answer = run(engine_of(models), [one]).generation(one.request_id)
+    assert [entry.token_id for entry in answer.logprobs] == list(answer.token_ids)
+    for entry in answer.logprobs:
+        assert entry.top[0] == (entry.token_id, pytest.approx(entry.logprob))
+        assert [value for _, value in entry.top] == sorted((v for _, v in entry.top), reverse=True)
+        assert len(entry.top) == 3
+    logits = torch.randn(50)
+    _, entries = pick_tokens(
+        logits[None], [TokenPicker(SamplingParams(logprobs=0), torch.device("cpu"))], [()]
+    )
+    assert entries[0] is not None
+    assert entries[0].logprob == pytest.approx(float(logits.log_softmax(-1).max()))
+    assert entries[0].top == ()
+
+
+def test_stop_strings_end_a_response_before_themselves(
+    models: ServedModels, oracle: Oracle
+) -> None:
+    whole = request("math", PROMPT, 30, ignore_eos=True)
+    engine = engine_of(models)
+    text = run(engine, [whole]).generation(whole.request_id).text
+    stop = text[6:9]
+    one = request("math", PROMPT, 30, ignore_eos=True, stop=(stop, "never there"))
+    answer = run(engine, [one]).generation(one.request_id)
+    assert answer.text == text[: text.index(stop)]
+    assert (answer.finish_reason, answer.stop_reason) == ("stop", stop)
+    assert answer.usage.completion_tokens < 30
+
+
+def test_stop_token_ids_and_the_longest_response(models: ServedModels) -> None:
+    engine = engine_of(models)
+    whole = request("math", PROMPT, 12, ignore_eos=True)
+    ids = run(engine, [whole]).generation(whole.request_id).token_ids
+    one = request("math", PROMPT, 12, ignore_eos=True, stop_token_ids=(ids[4],))
+    answer = run(engine, [one]).generation(one.request_id)
+    first = ids.index(ids[4])
+    assert answer.token_ids == ids[: first + 1]
+    assert (answer.finish_reason, answer.stop_reason) == ("stop", ids[4])
+    assert len(ids) == 12
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0),
+        ("temperature", -1),
+        ("temperature", math.nan),
+        ("top_p", 0),
+        ("top_k", -1),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0),
+        ("logprobs", 21),
+        ("stop", ("",)),
+    ],
+)
+def test_values_out_of_range_are_named(field: str, value: object) -> None:
+    with pytest.raises(ServingError, match=f"{field} must be"):
+        SamplingParams(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["héllo wörld", "日本語 🎉🎉 done", "plain", " leading", "\n\nx"])
+def test_text_in_pieces_adds_up_to_the_whole(text: str) -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    stream = Detokenizer(tokenizer, ())
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) + stream.finish() == text
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_an_unfinished_character_comes_at_the_end() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("ab🎉", add_special_tokens=False)["input_ids"][:-1]
+    stream = Detokenizer(tokenizer, ())
+    assert "".join(stream.push(i) for i in ids) == "ab"
+    assert stream.finish().startswith("\ufffd")
+
+
+def test_what_may_become_a_stop_string_is_held_back() -> None:
+    tokenizer = tiny_tokenizer()
+    stream = Detokenizer(tokenizer, ("END",))
+    pieces = [stream.push(i) for i in tokenizer("xEyENz", add_special_tokens=False)["input_ids"]]
+    assert pieces == ["x", "", "Ey", "", "", "ENz"]
+    assert stream.stopped_by is None
+    pieces = [stream.push(i) for i in tokenizer("END", add_special_tokens=False)["input_ids"]]
+    assert pieces == ["", "", ""]
+    assert stream.stopped_by == "END"
