@@ -120,7 +120,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--memory-sessions", type=int, default=8, help="that shared holds")
     parser.add_argument("--overloads", type=shares, default=[0.5, 1, 2, 3], help="of them")
     parser.add_argument("--fixed-cap", type=int, default=8, help="where it does not vary")
-    parser.add_argument("--quick-sessions", type=int, default=6)
+    parser.add_argument("--quick-sessions", type=int, default=8)
     parser.add_argument("--map-decoders", type=counts, default=[1, 2, 4, 8])
     parser.add_argument("--map-prompts", type=counts, default=[256, 1024, 2048])
     parser.add_argument("--map-responses", type=counts, default=[8, 32, 128])
