@@ -39,7 +39,8 @@ def random_decoders(base: str, folder: Path, count: int, dtype: str) -> dict[str
 
     Speed does not depend on what an adapter has learnt; responses have fixed lengths.
     """
-    folders = {f"agent{number}": folder / f"agent{number}" for number in range(count)}
+    place_of_all = folder / f"{Path(base).name}-{dtype}"
+    folders = {f"agent{number}": place_of_all / f"agent{number}" for number in range(count)}
     missing = [p for p in folders.values() if not (p / CONTRACT_NAME).is_file()]
     if not missing:
         return folders
