@@ -27,7 +27,6 @@ from torch.distributed.tensor import DTensor
 
 from prefillshare_train.cli.train import train
 from prefillshare_train.core.contract import weights_fingerprint
-from prefillshare_train.core.forward import causal_lm_of
 from prefillshare_train.core.modules import PrefillModule
 from prefillshare_train.training import run
 from prefillshare_train.training.trainer import CacheConditionedTrainer
@@ -77,7 +76,6 @@ def base_facts(trainer: CacheConditionedTrainer) -> dict[str, Any]:
         "base_gradients": sum(p.grad is not None or p.requires_grad for _, p in named),
         "base_local": sum(_local(p) for _, p in named),
         "base_total": sum(p.numel() for p in restored.values()),
-        "shared_model": prefill.model is causal_lm_of(trainer.model) or prefill._shared,
     }
 
 

@@ -1,49 +1,128 @@
-"""The memory estimate counts what lives through a step."""
+"""The memory estimate: parts that can be counted by hand, and a simulation that sees the rest."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 from tests.training import tiny
 
 from prefillshare_train.core.spans import Conversation, Turn
-from prefillshare_train.training.dry_run import estimate_memory
-from prefillshare_train.training.recipe import parse_recipe
+from prefillshare_train.training.estimate import (
+    PARALLEL,
+    estimate_memory,
+    model_sizes,
+    prefill_chunk_tokens,
+    step_memory,
+)
+from prefillshare_train.training.recipe import Recipe, parse_recipe
+from prefillshare_train.training.step_memory import StepMemory
 
 
-def estimate(**changes: object) -> dict[str, int]:
-    recipe = parse_recipe(
+def recipe_with(training: dict[str, Any] | None = None, **changes: object) -> Recipe:
+    return parse_recipe(
         {
             "base": {"model": "m", "dtype": "bfloat16"},
             "data": {"train": {"source": "r"}},
-            "training": {"output_dir": "o"},
+            "training": {"output_dir": "o", "use_cpu": True, **(training or {})},
             "decoder": {"adapter": "none", "dtype": "float32"},
             **changes,
         }
     )
-    rows = [Conversation(tuple(range(n)), (Turn(n - 3, n),)) for n in (20, 11)]
-    return estimate_memory(recipe, tiny.config(), rows)
+
+
+def simulate(recipe: Recipe, lengths: tuple[int, ...] = (20, 11), **options: Any) -> StepMemory:
+    rows = [Conversation(tuple(range(n)), (Turn(n - 3, n),)) for n in lengths]
+    arguments = recipe.training_arguments()
+    accelerator = options.get("accelerator", False)
+    config = options.get("config", tiny.config())
+    return step_memory(recipe, arguments, config, rows, accelerator=accelerator)
+
+
+def estimate(recipe: Recipe, parallel: str = "one_gpu", ranks: int = 1) -> dict[str, int]:
+    sizes = model_sizes(recipe, tiny.config())
+    step = StepMemory(prompt_cache=1000, prefill=10, activations=500, with_gradients=700)
+    arguments = recipe.training_arguments()
+    return estimate_memory(recipe, arguments, sizes, step, parallel=parallel, ranks=ranks)
+
+
+PARAMETERS = sum(p.numel() for p in tiny.model().parameters())
+LORA = {"adapter": "lora", "lora": {"r": 4, "target_modules": "all-linear"}}
 
 
 def test_full_fine_tuning_has_a_second_copy() -> None:
-    found = estimate()
-    parameters = sum(p.numel() for p in tiny.model().parameters())
-    assert found["base"] == 2 * parameters
-    assert found["trained parameters"] == found["gradients"] == 4 * parameters
-    assert found["optimizer (AdamW)"] == 8 * parameters
-    config = tiny.config()
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * 8 * 2
-    assert found["prompt cache"] == (16 + 7) * token
+    found = estimate(recipe_with({"gradient_accumulation_steps": 2}))
+    assert found["base"] == 2 * PARAMETERS
+    assert found["trained parameters"] == found["gradients"] == 4 * PARAMETERS
+    assert found["optimizer (AdamW)"] == 8 * PARAMETERS
+    assert (found["prompt cache"], found["activations"]) == (1000, 500)
 
 
 def test_full_prompt_has_neither_base_nor_cache() -> None:
-    found = estimate(method="full_prompt")
-    assert found["base"] == found["prompt cache"] == 0
+    recipe = recipe_with(method="full_prompt")
+    assert estimate(recipe)["base"] == 0
+    assert simulate(recipe).prompt_cache == 0
 
 
 @pytest.mark.parametrize("rank", [4, 8])
 def test_lora_trains_its_adapters_only(rank: int) -> None:
     lora = {"r": rank, "target_modules": "all-linear"}
-    found = estimate(decoder={"adapter": "lora", "lora": lora})
+    found = estimate(recipe_with(decoder={"adapter": "lora", "lora": lora}))
     trained = sum(p.numel() for p in tiny.lora(r=rank).parameters() if p.requires_grad)
     assert found["trained parameters"] == 4 * trained
     assert found["optimizer (AdamW)"] == 8 * trained
+
+
+def test_what_each_parallel_configuration_shares_out() -> None:
+    half = {"bf16": True, "gradient_accumulation_steps": 2}
+    found = {name: estimate(recipe_with(half), name, 4) for name in PARALLEL}
+    share = {name: column["optimizer (AdamW)"] / PARAMETERS for name, column in found.items()}
+    # Two moments, and under DeepSpeed the float32 weights that its half precision trains over.
+    assert (share["ddp"], share["fsdp2"], share["zero2"], share["zero3"]) == (8, 2, 3, 3)
+    assert found["zero2"]["trained parameters"] == 2 * PARAMETERS
+    assert found["zero3"]["trained parameters"] == PARAMETERS // 2
+    assert found["fsdp2"]["base"] == 2 * PARAMETERS, "the base is whole unless shared out"
+    shared = estimate(recipe_with({**half, "shard_base": True}), "fsdp2", 4)
+    assert shared["base"] == PARAMETERS // 2
+    assert estimate(recipe_with(half, decoder=LORA), "zero3", 4)["base"] == PARAMETERS // 2
+    assert found["zero3_offload"]["optimizer (AdamW)"] == 0
+
+
+def test_the_simulation_counts_the_prompt_cache() -> None:
+    config = tiny.config()
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * 8 * 2
+    assert simulate(recipe_with()).prompt_cache == (16 + 7) * token
+
+
+def test_the_simulation_sees_what_saves_memory() -> None:
+    long = (400, 400)
+    plain = simulate(recipe_with(), long)
+    assert simulate(recipe_with(), (800, 800)).prefill > 1.5 * plain.prefill
+    baseline = simulate(recipe_with(method="full_prompt"), long)
+    assert baseline.activations > 5 * plain.activations, "a prompt is stored for no backward pass"
+    checkpointed = recipe_with({"activation_checkpointing": True}, method="full_prompt")
+    assert simulate(checkpointed, long).activations < 0.7 * baseline.activations
+    chunked = recipe_with({"prefill_memory_mib": 0.1, "share_prefix_from": 0})
+    wide = tiny.config()
+    wide.intermediate_size = 2000  # else attention's scores, a block at a time, are what is highest
+    whole = simulate(recipe_with(), long, config=wide)
+    assert simulate(chunked, long, config=wide).prefill < 0.6 * whole.prefill
+    fused = simulate(recipe_with(method="full_prompt"), long, accelerator=True)
+    assert fused.activations < baseline.activations
+
+
+def test_deeper_models_are_a_straight_line() -> None:
+    deep = tiny.config()
+    recipe, rows = recipe_with(), [Conversation(tuple(range(90)), (Turn(60, 90),))]
+    found = []
+    for layers in (4, 6, 8):
+        deep.num_hidden_layers = layers
+        step = step_memory(recipe, recipe.training_arguments(), deep, rows, accelerator=False)
+        found.append(step.activations)
+    assert found[2] - found[1] == pytest.approx(found[1] - found[0], abs=2)
+
+
+def test_a_larger_budget_runs_larger_chunks() -> None:
+    small, large = (prefill_chunk_tokens(b, tiny.model(), None) for b in (0.5, 5.0))
+    assert 64 <= small < large
+    assert prefill_chunk_tokens(0.0001, tiny.model(), None) == 64

@@ -143,6 +143,20 @@ def test_llama_prompts_have_one_bos_and_end_on_the_header(offline: Path) -> None
     assert "<tool_call>" in data.renderer.decode(data.train[0].token_ids[turn.prompt_length :])
 
 
+def test_the_estimate_compares_the_parallel_configurations(offline: Path) -> None:
+    parts = ("models/llama3.1-8b", "tasks/tools", "adapters/full")
+    files = [*(str(RECIPES / f"{part}.yaml") for part in parts), str(offline)]
+    options = ["data.max_length=4096", "training.peak_tflops=100", "--gpus", "4"]
+    result = CliRunner().invoke(app, ["estimate", *files, *options])
+    assert result.exit_code == 0, result.output
+    table = {line[:24].strip(): line[24:].split() for line in result.output.splitlines()}
+    (names,) = [line.split() for line in result.output.splitlines() if "zero3_offload" in line]
+    assert names == ["one_gpu", "ddp", "zero2", "fsdp2", "zero3", "zero3_offload"]
+    assert len(table["together"]) == len(names)
+    assert "each of 4 GPUs" in result.output
+    assert "h at 40% of 100" in result.output
+
+
 def test_the_command_passes_and_a_missing_copy_is_named(offline: Path, tmp_path: Path) -> None:
     parts = ("models/qwen3-8b", "tasks/math", "adapters/lora")
     files = [str(RECIPES / f"{part}.yaml") for part in parts]

@@ -14,6 +14,7 @@ from tests.training import tiny
 from prefillshare_train.core.boundary import BoundaryRule
 from prefillshare_train.core.contract import CONTRACT_NAME, Contract, weights_fingerprint
 from prefillshare_train.core.modules import causal_lm_of
+from prefillshare_train.core.spans import Conversation, Turn
 from prefillshare_train.training.held_out import held_out_loss
 from prefillshare_train.training.trainer import (
     CacheConditionedTrainer,
@@ -137,6 +138,37 @@ def test_what_is_logged(tmp_path: Path) -> None:
     assert entry["padding_share"] == 0.0
     assert 0.3 < entry["base_token_share"] < 1
     assert entry["peak_memory_mib"] > 10
+
+
+def test_shared_beginnings_are_prefilled_once_and_chunks_change_nothing(tmp_path: Path) -> None:
+    system = tuple(range(3, 43))
+    rows = [
+        Conversation((*system, *row.token_ids), (Turn(40 + t.prompt_length, 40 + t.end),))
+        for row in tiny.conversations(12)
+        for t in row.turns[:1]
+    ]
+    curves, shares = [], []
+    for name, options in (
+        ("plain", {"share_prefix_from": 0}),
+        ("shared", {"share_prefix_from": 16}),
+        ("chunked", {"share_prefix_from": 0, "prefill_memory_mib": 1e-6}),
+        ("offloaded", {"offload_prompt_cache": True, "activation_checkpointing": True}),
+    ):
+        trainer = CacheConditionedTrainer(
+            tiny.lora(), tiny.arguments(tmp_path / name, **options), train_dataset=rows
+        )
+        trainer.train()
+        curves.append(tiny.losses(trainer))
+        shares.append(trainer.state.log_history[0]["shared_prefix_share"])
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-5)
+    assert shares[0] == shares[2] == shares[3] == 0
+    assert 0.3 < shares[1] < 0.5, "one of two prompts takes its 40 tokens over"
+
+
+def test_offloading_without_checkpointing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs activation_checkpointing"):
+        tiny.arguments(tmp_path, offload_prompt_cache=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:

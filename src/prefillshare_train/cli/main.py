@@ -9,6 +9,7 @@ from prefillshare_train.cli import (
     compare,
     demo,
     doctor,
+    estimate,
     evaluate,
     export,
     held_out,
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("train")(train.train)
+app.command("estimate")(estimate.estimate)
 app.command("inspect")(inspect.inspect)
 app.command("held-out")(held_out.held_out)
 app.command("eval")(evaluate.evaluate)

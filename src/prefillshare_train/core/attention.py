@@ -33,6 +33,14 @@ JOB_KEYWORD = "prefillshare_job"
 """Name of the keyword argument that carries the job to each attention call."""
 
 
+class Recorder(Protocol):
+    """What keeps the K/V of a pass: a `PromptCache`, or part of one."""
+
+    def record(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keep a layer's K and V, each of shape (1, H_kv, T, D)."""
+        ...
+
+
 class LastLayerReached(Exception):
     """Raised to end a prefill once the last layer's K/V are recorded: nobody reads what follows."""
 
@@ -54,13 +62,15 @@ class AttentionJob:
     Attributes:
         groups: the row's segments, from `layout.group_segments`.
         past: the prompt cache that segments with a past read; constants, never differentiated.
-        record: an empty cache that receives this row's own K/V, or None.
+            It may lie on another device: a layer's K/V are fetched when it runs, and again when
+            gradient checkpointing replays it.
+        record: receives this row's own K/V, or None.
         last_layer: layer at which to stop with `LastLayerReached` once recorded, or None.
     """
 
     groups: tuple[SegmentGroup, ...]
     past: PromptCache | None = None
-    record: PromptCache | None = None
+    record: Recorder | None = None
     last_layer: int | None = None
 
     def attend(
@@ -82,7 +92,10 @@ class AttentionJob:
                 raise LastLayerReached
         past = None
         if self.past is not None and self.past.tokens:
-            past = (self.past.keys[layer], self.past.values[layer])
+            past = (
+                self.past.keys[layer].to(query.device, non_blocking=True),
+                self.past.values[layer].to(query.device, non_blocking=True),
+            )
         return attend_segments(
             query,
             key,

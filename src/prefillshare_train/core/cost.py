@@ -68,7 +68,7 @@ def step_flops(
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     pair = 4 * heads * head_dim
     # The base's last layer ends at its keys and values: of its products only Q, K and V are run.
-    prefill_tokens = sum(layout.prompt_lengths)
+    prefill_tokens = layout.prefill.tokens
     projections = config.hidden_size * (heads + 2 * kv_heads) * head_dim
     base = 2 * prefill_tokens * (stack * (layers - 1) / layers + projections)
     base += pair * (layers - 1) * layout.prefill_pairs

@@ -20,6 +20,7 @@ from prefillshare_train.core.attention import (
 from prefillshare_train.core.families import check_supported, position_limit
 from prefillshare_train.core.forward import attach_loss_head, causal_lm_of, run_backbone
 from prefillshare_train.core.layout import Segment, SegmentGroup, group_segments, positions_of
+from prefillshare_train.core.prefill_plan import PassRecorder, PrefillPlan
 from prefillshare_train.core.prompt_cache import PromptCache
 
 
@@ -112,12 +113,17 @@ class PrefillModule:
             whose adapters are switched off during the base's pass (one copy of the weights).
         stop_early: stop at the last layer's K/V. Set False where parameters are sharded and every
             module's forward hooks must run to their end.
+
+    Attributes:
+        keep_on: device that recorded K/V are moved to layer by layer; None leaves them where they
+            were computed.
     """
 
     def __init__(self, model: nn.Module, *, stop_early: bool = True) -> None:
         self.model = model
         self.causal_lm = causal_lm_of(model)
         self.stop_early = stop_early
+        self.keep_on: torch.device | None = None
         self._root: nn.Module | None = None
         use_prefillshare_attention(model)
         self._shared = isinstance(model, PeftModel)
@@ -144,6 +150,11 @@ class PrefillModule:
     def device(self) -> torch.device:
         """Device of the base's weights."""
         return self.causal_lm.device
+
+    @property
+    def shares_weights(self) -> bool:
+        """The base is the model being trained, with its adapters off."""
+        return self._shared
 
     @contextlib.contextmanager
     def base_weights(self) -> Iterator[None]:
@@ -192,7 +203,25 @@ class PrefillModule:
         ids = batch["prefill_ids"]
         positions = [i for length in layout.prompt_lengths for i in range(length)]
         position_ids = torch.tensor([positions], dtype=torch.long, device=ids.device)
+        if not layout.prefill.is_plain:
+            return self._prefill_by_plan(ids, position_ids, layout.prompt_lengths, layout.prefill)
         return self.prefill_row(ids, position_ids, layout.prompt_lengths, layout.prefill_groups)
+
+    @torch.no_grad()
+    def _prefill_by_plan(
+        self, ids: Tensor, position_ids: Tensor, lengths: tuple[int, ...], plan: PrefillPlan
+    ) -> PromptCache:
+        """Run a row in several passes, or parts of it for several prompts."""
+        assert self._root is None, "a sharded base runs each row in one pass"
+        check_positions(self.config, max(lengths) - 1)
+        cache = PromptCache(lengths, device=self.keep_on)
+        last = self.config.num_hidden_layers - 1 if self.stop_early else None
+        for one in plan.passes:
+            index = torch.tensor(one.index(), device=ids.device)
+            past = cache if cache.keys else None
+            job = AttentionJob(one.groups, past, PassRecorder(cache, one), last)
+            self._run(ids[:, index], position_ids[:, index], job)
+        return cache
 
     @torch.no_grad()
     def prefill_row(
@@ -215,8 +244,8 @@ class PrefillModule:
                 one = torch.zeros((1, 1), dtype=torch.long, device=input_ids.device)
                 self._run(one, one, AttentionJob(group_segments([Segment(1)])))
             return empty_cache(lengths, self.causal_lm)
-        check_positions(self.config, int(position_ids.max()))
-        record = PromptCache(lengths)
+        check_positions(self.config, max(g.past_length + g.query_length for g in groups) - 1)
+        record = PromptCache(lengths, device=self.keep_on)
         last = self.config.num_hidden_layers - 1 if self.stop_early else None
         self._run(input_ids, position_ids, AttentionJob(groups, past, record, last))
         return record

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prefillshare_train.core.boundary import BoundaryRule
 from prefillshare_train.core.layout import Segment, SegmentGroup, group_segments, positions_of
+from prefillshare_train.core.prefill_plan import PrefillPlan, plan_prefill
 from prefillshare_train.core.spans import Conversation
 
 Method = Literal["prefillshare", "full_prompt"]
@@ -27,7 +28,8 @@ class BatchLayout:
 
     Attributes:
         prompt_lengths: tokens that the base runs, one entry a conversation (0 for none).
-        prefill_groups: segments of the base's row.
+        prefill_groups: segments of the base's row, were it run in one pass.
+        prefill: the base's passes over that row.
         decode_groups: segments of the decoder's row; their past is the base's row.
         conversations: number of conversations in the batch.
         prompt_tokens: prompt tokens of all conversations, whoever runs them.
@@ -39,6 +41,7 @@ class BatchLayout:
 
     prompt_lengths: tuple[int, ...]
     prefill_groups: tuple[SegmentGroup, ...]
+    prefill: PrefillPlan
     decode_groups: tuple[SegmentGroup, ...]
     conversations: int
     prompt_tokens: int
@@ -49,7 +52,12 @@ class BatchLayout:
 
 
 def pack(
-    conversations: Sequence[Conversation], rule: BoundaryRule, method: Method = "prefillshare"
+    conversations: Sequence[Conversation],
+    rule: BoundaryRule,
+    method: Method = "prefillshare",
+    *,
+    share_from: int | None = None,
+    chunk_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Pack conversations into the inputs of one training step.
 
@@ -60,6 +68,7 @@ def pack(
         rule: who runs which prompt token; not read for `full_prompt`.
         method: `prefillshare` gives the base the prompt; `full_prompt` has the decoder run
             everything, with the same targets (ordinary supervised fine-tuning).
+        share_from, chunk_tokens: how the base runs the prompts, see `plan_prefill`.
 
     Returns:
         A dict of `prefill_ids` (1, T_base), `input_ids` and `position_ids` (1, T_dec),
@@ -69,6 +78,7 @@ def pack(
     """
     ordered = sorted(conversations, key=_shape_key, reverse=True)
     prefill_ids: list[int] = []
+    prompts: list[tuple[int, ...]] = []
     prompt_lengths: list[int] = []
     decode_ids: list[int] = []
     decode_segments: list[Segment] = []
@@ -81,6 +91,7 @@ def pack(
         if method == "full_prompt":
             end = conversation.turns[-1].end
             stretches = [(0, end - 1, conversation.turns)]
+            prompts.append(())
             prompt_lengths.append(0)
         else:
             starts = [
@@ -91,7 +102,8 @@ def pack(
                 for start, turn in zip(starts, conversation.turns, strict=True)
             ]
             prompt_lengths.append(max(starts))
-            prefill_ids.extend(ids[: max(starts)])
+            prompts.append(ids[: max(starts)])
+            prefill_ids.extend(prompts[-1])
         prompt_tokens += conversation.turns[-1].prompt_length
         for start, stop, turns in stretches:
             offset = len(decode_ids) - start
@@ -102,17 +114,19 @@ def pack(
                 target_index.extend(range(turn.prompt_length - 1 + offset, turn.end - 1 + offset))
                 labels.extend(ids[turn.prompt_length : turn.end])
     prefill_segments = [Segment(n) for n in prompt_lengths if n]
+    plan = plan_prefill(prompts, share_from=share_from, chunk_tokens=chunk_tokens)
     positions = positions_of(decode_segments)
     layout = BatchLayout(
         prompt_lengths=tuple(prompt_lengths),
         prefill_groups=group_segments(prefill_segments),
+        prefill=plan,
         decode_groups=group_segments(decode_segments),
         conversations=len(ordered),
         prompt_tokens=prompt_tokens,
         response_tokens=len(labels),
         max_position=max(positions),
         decode_pairs=_pairs(decode_segments),
-        prefill_pairs=_pairs(prefill_segments),
+        prefill_pairs=sum(_group_pairs(group) for one in plan.passes for group in one.groups),
     )
     return {
         "prefill_ids": _row(prefill_ids),
@@ -139,3 +153,8 @@ def _pairs(segments: Sequence[Segment]) -> int:
         s.query_length * s.past_length + s.query_length * (s.query_length + 1) // 2
         for s in segments
     )
+
+
+def _group_pairs(group: SegmentGroup) -> int:
+    segment = Segment(group.query_length, past_length=group.past_length)
+    return group.count * _pairs([segment])

@@ -22,11 +22,13 @@ class PromptCache:
         lengths: tokens of each prompt; prompt i occupies `[starts[i], starts[i] + lengths[i])`.
         keys: one tensor of shape (H_kv, sum(lengths), D) for each layer.
         values: like `keys`.
+        device: where K/V are kept once recorded; None for where they were computed.
     """
 
     lengths: tuple[int, ...]
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    device: torch.device | None = None
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -65,8 +67,8 @@ class PromptCache:
                 "this architecture does not call attention once per layer in order"
             )
         # autocast can leave RoPE'd keys in float32 beside bfloat16 values: one dtype for both.
-        self.keys.append(key[0].detach().to(value.dtype).contiguous())
-        self.values.append(value[0].detach().contiguous())
+        self.keys.append(key[0].detach().to(self.device, value.dtype).contiguous())
+        self.values.append(value[0].detach().to(self.device).contiguous())
 
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None

@@ -30,6 +30,16 @@ class CacheConditionedConfig(TrainingArguments):
     shard_base: bool = False
     """Share a fully trained decoder's frozen base out over the ranks (FSDP2 and ZeRO-3 only), where
     each would otherwise keep all of it. A LoRA decoder's base is the model, sharded as that is."""
+    share_prefix_from: int = 64
+    """Prompts of a micro-batch that begin with the same tokens, at least this many, are prefilled
+    once up to there (one system prompt, one list of tools); 0 never does. The log says what it
+    saves."""
+    prefill_memory_mib: float | None = None
+    """What the base's activations may take in one pass; longer prompts are run in chunks. null runs
+    all prompts of a micro-batch in one."""
+    offload_prompt_cache: bool = False
+    """Keep the prompts' K/V in host memory between prefill and decode, a layer at a time on the
+    accelerator. Needs activation checkpointing, without which every layer's would stay there."""
     generate_every: int = 0
     """Measure exact match by generating answers every this many steps; 0 never does."""
     generate_rows: int = 32
@@ -51,6 +61,13 @@ class CacheConditionedConfig(TrainingArguments):
         if self.method not in ("prefillshare", "full_prompt"):
             raise ValueError(f"method {self.method!r} is neither prefillshare nor full_prompt")
         BoundaryRule.parse(self.boundary)
+        if self.offload_prompt_cache and not self.activation_checkpointing:
+            raise ValueError(
+                "offload_prompt_cache needs activation_checkpointing: without it the backward pass "
+                "keeps every layer's K/V on the accelerator"
+            )
+        if self.share_prefix_from < 0:
+            raise ValueError(f"share_prefix_from must be 0 or more; found {self.share_prefix_from}")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor is not supported; the chunked loss has none")
         # Batches are packed rows, not columns that a model's signature could filter.

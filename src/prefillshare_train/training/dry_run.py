@@ -2,74 +2,101 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from collections.abc import Sequence
 
-from prefillshare_train.core.boundary import BoundaryRule
-from prefillshare_train.core.packing import pack
+import torch
+from transformers import AutoConfig
+
 from prefillshare_train.core.spans import Conversation
-from prefillshare_train.training.recipe import LoadedRecipe, Recipe
+from prefillshare_train.training.estimate import (
+    PARALLEL,
+    estimate_memory,
+    model_sizes,
+    step_memory,
+    training_flops,
+)
+from prefillshare_train.training.recipe import LoadedRecipe, RecipeError
 from prefillshare_train.training.run import prepare_data
 
-_ADAM_BYTES = 8  # two float32 moments a trained parameter
+_UTILISATION = 0.4  # of the peak; what well-tuned training reaches on GPUs
 
 
-def dry_run_report(loaded: LoadedRecipe) -> str:
+def dry_run_report(loaded: LoadedRecipe, ranks: int | None = None) -> str:
     """Check a recipe to its end short of weights, and say what it would train on and need.
+
+    Args:
+        ranks: GPUs of the parallel configurations; None for one GPU alone.
 
     Raises:
         RecipeError, DataError, UnsupportedModelError: what the run itself would raise.
     """
     recipe = loaded.recipe
-    arguments = recipe.training_arguments()
     data = prepare_data(loaded)
-    config = AutoConfig.from_pretrained(recipe.base_location, revision=recipe.base.revision)
-    batch = arguments.per_device_train_batch_size
-    longest = sorted(data.train, key=lambda c: len(c.token_ids))[-batch:]
-    memory = estimate_memory(recipe, config, longest)
     lines = [
         str(data.report),
         "",
         f"method {recipe.method}, boundary {recipe.boundary}, adapter {recipe.decoder.adapter}",
-        f"memory for {batch} of the longest conversations a micro-batch (activations left out):",
-        *(f"  {name:<22} {size / 2**20:>10.0f} MiB" for name, size in memory.items()),
-        f"  {'together':<22} {sum(memory.values()) / 2**20:>10.0f} MiB",
+        *estimate_lines(loaded, data.train, ranks),
         "dry run ok",
     ]
     return "\n".join(lines)
 
 
-def estimate_memory(
-    recipe: Recipe, config: PreTrainedConfig, conversations: list[Conversation]
-) -> dict[str, int]:
-    """Bytes of everything that lives through a step, but for activations.
+def estimate_lines(
+    loaded: LoadedRecipe, rows: Sequence[Conversation], ranks: int | None
+) -> list[str]:
+    """The estimate of memory and time, as a table.
 
     Args:
-        conversations: one micro-batch.
-    """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        parameters = sum(p.numel() for p in model.parameters())
-        if recipe.decoder.adapter == "lora":
-            from peft import LoraConfig, get_peft_model
+        rows: training conversations; the micro-batch of the longest decides.
+        ranks: see `dry_run_report`.
 
-            adapted = get_peft_model(
-                model, LoraConfig(task_type="CAUSAL_LM", **recipe.decoder.lora)
-            )
-            trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        else:
-            trained = parameters
-    base_size = getattr(torch, recipe.base.dtype).itemsize
-    lora = recipe.decoder.adapter == "lora"
-    trained_size = 4 if lora else getattr(torch, recipe.decoder.dtype).itemsize
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * base_size
-    layout = pack(conversations, BoundaryRule.parse(recipe.boundary), recipe.method)["layout"]
-    shares_base = lora or recipe.method == "prefillshare"
-    return {
-        "base": parameters * base_size if shares_base else 0,
-        "trained parameters": trained * trained_size,
-        "gradients": trained * trained_size,
-        "optimizer (AdamW)": trained * _ADAM_BYTES,
-        "prompt cache": sum(layout.prompt_lengths) * token,
-    }
+    Raises:
+        RecipeError: `decoder.lora` names something that PEFT does not know.
+    """
+    recipe = loaded.recipe
+    arguments = recipe.training_arguments()
+    config = AutoConfig.from_pretrained(recipe.base_location, revision=recipe.base.revision)
+    batch = arguments.per_device_train_batch_size
+    longest = sorted(rows, key=lambda c: len(c.token_ids))[-batch:]
+    try:
+        sizes = model_sizes(recipe, config)
+    except TypeError as error:
+        raise RecipeError(f"decoder.lora: {error}") from error
+    # Without an accelerator the run would be on the CPU, whose attention keeps more.
+    gpu = torch.accelerator.is_available() or ranks is not None
+    step = step_memory(recipe, arguments, config, longest, accelerator=gpu)
+    names = PARALLEL if ranks is not None else ("one_gpu",)
+    columns = [
+        estimate_memory(
+            recipe,
+            arguments,
+            sizes,
+            step,
+            parallel=name,
+            ranks=1 if name == "one_gpu" else ranks or 1,
+        )
+        for name in names
+    ]
+    where = f"each of {ranks} GPUs" if ranks is not None else "GPU" if gpu else "CPU"
+    lines = [
+        f"memory in MiB on {where}, {batch} of the longest conversations a micro-batch:",
+        "  " + " " * 22 + "".join(f"{name:>14}" for name in names if ranks is not None),
+    ]
+    for key in columns[0]:
+        values = "".join(f"{column[key] / 2**20:>14,.0f}" for column in columns)
+        lines.append(f"  {key:<22}{values}")
+    together = "".join(f"{sum(column.values()) / 2**20:>14,.0f}" for column in columns)
+    lines.append(f"  {'together':<22}{together}")
+    return [line for line in lines if line.strip()] + [_time(loaded, config, rows, ranks)]
+
+
+def _time(loaded: LoadedRecipe, config: object, rows: Sequence[Conversation], ranks: object) -> str:
+    recipe, arguments = loaded.recipe, loaded.recipe.training_arguments()
+    flops = training_flops(recipe, arguments, config, rows)  # type: ignore[arg-type]
+    text = f"an epoch is {flops:.3g} FLOPs"
+    if arguments.peak_tflops is None:
+        return f"{text}; set training.peak_tflops for its time"
+    devices = ranks if isinstance(ranks, int) else 1
+    hours = flops / (arguments.peak_tflops * 1e12 * _UTILISATION * devices) / 3600
+    return f"{text}, {hours:.2g} h at {_UTILISATION:.0%} of {arguments.peak_tflops} TFLOP/s"

@@ -42,7 +42,7 @@ class ThroughputMeter:
 
     def _clear(self) -> None:
         self._seconds = 0.0
-        self._response = self._prompt = self._base = self._decoder = 0
+        self._response = self._prompt = self._base = self._shared = self._decoder = 0
         self._flops = 0
 
     @contextlib.contextmanager
@@ -53,7 +53,8 @@ class ThroughputMeter:
         self._seconds += time.perf_counter() - start
         self._response += layout.response_tokens
         self._prompt += layout.prompt_tokens
-        self._base += sum(layout.prompt_lengths)
+        self._base += layout.prefill.tokens
+        self._shared += layout.prefill.shared_tokens
         self._decoder += sum(g.count * g.query_length for g in layout.decode_groups)
         self._flops += self.flops(layout)
 
@@ -71,7 +72,8 @@ class ThroughputMeter:
     def drain(self) -> dict[str, float]:
         """What was counted since the last call, as rates; empty before the first step.
 
-        `padding_share` is 0 by construction: batches are packed, and nothing is ever padded.
+        `shared_prefix_share` is the share of the base's prompt tokens that another prompt of the
+        micro-batch had run. `padding_share` is 0 by construction: batches are packed.
         """
         if not self._seconds:
             return {}
@@ -81,6 +83,7 @@ class ThroughputMeter:
             "tokens_per_s": (self._prompt + self._response) / self._seconds,
             "tflops": self._flops / self._seconds / 1e12,
             "base_token_share": self._base / (self._base + self._decoder),
+            "shared_prefix_share": self._shared / max(1, self._base + self._shared),
             "padding_share": 0.0,
             "peak_memory_mib": peak_memory_mib(),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from prefillshare_train.core.spans import Conversation
 from prefillshare_train.training.base_weights import shard_base
 from prefillshare_train.training.checkpoints import AtomicCheckpoints
 from prefillshare_train.training.config import CacheConditionedConfig
+from prefillshare_train.training.estimate import prefill_chunk_tokens
 from prefillshare_train.training.evaluation_batches import COUNTED, EvaluationBatches
 from prefillshare_train.training.launch import (
     LaunchError,
@@ -49,11 +50,11 @@ class TrainingDivergedError(RuntimeError):
 
 
 def collate(
-    conversations: Sequence[Conversation], *, rule: BoundaryRule, method: Method
+    conversations: Sequence[Conversation], *, rule: BoundaryRule, method: Method, **plan: int | None
 ) -> dict[str, Any]:
     """Pack conversations; see `core.packing.pack`. `shift_labels` tells the Trainer that targets
     are already shifted, so that it counts every one of them."""
-    batch = pack(conversations, rule, method)
+    batch = pack(conversations, rule, method, **plan)
     batch["shift_labels"] = batch["labels"]
     return batch
 
@@ -112,13 +113,15 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=partial(collate, rule=self.rule, method=_method(args.method)),
             processing_class=processing_class,
             callbacks=callbacks,
             **kwargs,
         )
+        self.data_collator = self._collator()
         # compute_loss divides by the tokens of the whole global batch.
         self.model_accepts_loss_kwargs = True
+        if args.offload_prompt_cache and self.prefill is not None:
+            self.prefill.keep_on = torch.device("cpu")
         self._base = base if self.prefill is not None else None
         if self._base is not None and not args.shard_base:
             self._base.to(self.args.device)
@@ -151,6 +154,29 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
                 self.prefill.run_through(shard_base(self._base, self.accelerator))
         self._base_placed = True
         return model, loader
+
+    def _collator(self) -> Callable[[Sequence[Conversation]], dict[str, Any]]:
+        """Packs conversations, and plans how the base runs their prompts.
+
+        A base whose parameters are shared out runs each batch in one pass: ranks gather together,
+        and plans differ between them.
+        """
+        args = self.args
+        plain = partial(collate, rule=self.rule, method=_method(args.method))
+        if self.prefill is None:
+            return plain
+        if shards_parameters(self.accelerator) and (self.prefill.shares_weights or args.shard_base):
+            if args.prefill_memory_mib is not None:
+                raise LaunchError(
+                    "training.prefill_memory_mib runs prompts in chunks, which a base whose "
+                    "parameters are shared out cannot. Set it to null, or keep the base whole: "
+                    "training.shard_base=false, or DDP or ZeRO-2 for LoRA"
+                )
+            return plain
+        chunk = None
+        if args.prefill_memory_mib is not None:
+            chunk = prefill_chunk_tokens(args.prefill_memory_mib, self.prefill.causal_lm)
+        return partial(plain, share_from=args.share_prefix_from or None, chunk_tokens=chunk)
 
     @staticmethod
     def _prefill_module(
@@ -264,7 +290,7 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
             self.args.eval_batch_size,
             self.accelerator.process_index,
             self.accelerator.num_processes,
-            partial(collate, rule=self.rule, method=_method(self.args.method)),
+            self._collator(),
         )
         return DataLoader(batches, batch_size=None)
 
