@@ -43,12 +43,19 @@ class Served:
 
 
 @contextlib.contextmanager
-def serve(engine: Any = None, **options: Any) -> Iterator[Served]:
-    """Serve an engine; `options` are those of `ServerConfig`."""
+def serve(engine: Any = None, *, send_buffer: int = 0, **options: Any) -> Iterator[Served]:
+    """Serve an engine.
+
+    Args:
+        send_buffer: bytes that the system keeps for a client that does not read; 0 leaves it.
+        options: of `ServerConfig`.
+    """
     engine = engine or FakeEngine()
     config = replace(ServerConfig(port=0), **options)
     server = make_server(engine, getattr(engine, "drain", lambda _: True), config)
     sock = socket.create_server(("127.0.0.1", 0))
+    if send_buffer:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     port = sock.getsockname()[1]
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()

@@ -35,7 +35,7 @@ class Process:
         self.process = subprocess.Popen(
             [sys.executable, "-c", SERVER, str(delay_s), str(drain_s)],
             cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tests.serving.server.fake_engine import renderer
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from prefillshare_train.data import make_renderer
 from prefillshare_train.serving.api import TokenLogprob
@@ -27,6 +29,18 @@ def test_the_bytes_of_parts_of_characters_are_the_true_ones() -> None:
     ids = used.encode([TEXT])[0]
     assert b"".join(texts.of(token)[1] for token in ids) == TEXT.encode()
     assert "�" in {texts.of(token)[0] for token in ids}
+
+
+def test_so_they_are_where_bytes_are_tokens_by_name() -> None:
+    """As in Llama 2's and Gemma's vocabularies."""
+    names = ["<unk>", "a", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocab = {name: number for number, name in enumerate(names)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    used = replace(renderer(), tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend))
+    ids = used.encode(["a日"])[0]
+    assert len(ids) == 4
+    assert b"".join(TokenTexts(used).of(token)[1] for token in ids) == "a日".encode()
 
 
 @pytest.mark.real_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -29,7 +30,8 @@ def script(request: GenerationRequest) -> str:
     if "fail" in prompt:
         raise RuntimeError("no luck")
     if "<tools>" in prompt and "<tool_response>" not in prompt:
-        return 'Adding.\n<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
+        call = 'Adding.\n<tool_call>\n{"name": "add", "arguments": {"a": 2}}'
+        return call if "unclosed" in prompt else call + "\n</tool_call>"
     if "long" in prompt:
         return "x" * 300
     return "It is 4. END"
@@ -77,6 +79,8 @@ def test_chat_and_the_options_that_reach_the_engine(served: Served, client: open
             "session_id": "s",
             "end_session": True,
             "cache_salt": "mine",
+            "stop_token_ids": [9],
+            "ignore_eos": True,
         },
     )
     assert answer.choices[0].message.content == "It is 4."
@@ -92,6 +96,27 @@ def test_chat_and_the_options_that_reach_the_engine(served: Served, client: open
     assert (sampling.temperature, sampling.top_p, sampling.seed) == (0.5, 0.9, 7)
     assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty) == (5, 0.1, 1.1)
     assert (sampling.stop, sampling.max_tokens) == ((" END",), 50)
+    assert (sampling.stop_token_ids, sampling.ignore_eos) == ((9,), True)
+
+
+def test_defaults_are_openais(served: Served, client: openai.OpenAI) -> None:
+    client.chat.completions.create(model="math", messages=QUESTION)
+    sampling = served.engine.requests[-1].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.seed) == (1.0, 1.0, None)
+    assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty) == (0, 0.0, 1.0)
+    assert sampling.logprobs is None
+    assert not sampling.ignore_eos
+    client.completions.create(model="math", prompt="a")
+    assert served.engine.requests[-1].sampling.max_tokens == 16
+
+
+def test_only_the_last_response_ends_the_session(served: Served, client: openai.OpenAI) -> None:
+    client.completions.create(
+        model="math", prompt=["a", "b"], n=2, extra_body={"session_id": "s", "end_session": True}
+    )
+    requests = sorted(served.engine.requests[-4:], key=lambda request: request.request_id)
+    assert [request.end_session for request in requests] == [False, False, False, True]
+    assert {request.session for request in requests} == {"s"}
 
 
 def test_the_prompt_is_the_one_that_was_trained(served: Served, client: openai.OpenAI) -> None:
@@ -185,6 +210,35 @@ def test_streamed_calls(client: openai.OpenAI) -> None:
     assert choice.message.tool_calls[0].id.startswith("call_")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_is_not_closed_is_one_where_it_is_whole(
+    client: openai.OpenAI, stream: bool
+) -> None:
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "unclosed"}]
+    options: dict[str, Any] = {"model": "math", "messages": messages, "tools": [ADD]}
+    if stream:
+        with client.chat.completions.stream(**options) as running:
+            choice: Any = running.get_final_completion().choices[0]
+    else:
+        choice = client.chat.completions.create(**options).choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert [call.function.name for call in choice.message.tool_calls] == ["add"]
+
+
+def test_tokens_whose_text_is_held_back_tell_their_logprobs(client: openai.OpenAI) -> None:
+    chunks = client.chat.completions.create(
+        model="math", messages=QUESTION, tools=[ADD], logprobs=True, stream=True
+    )
+    tokens = [
+        entry.token
+        for chunk in chunks
+        if chunk.choices and chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content or []
+    ]
+    assert "".join(tokens).startswith("Adding.\n<tool_call>")
+    assert "".join(tokens).endswith("</tool_call>")
+
+
 def test_tool_choice_none_reads_no_calls(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="math", messages=QUESTION, tools=[ADD], tool_choice="none"
@@ -258,6 +312,29 @@ def test_plain_completions(served: Served, client: openai.OpenAI) -> None:
     assert (
         list(served.engine.requests[-1].prompt_ids) == served.engine.renderer.encode(["2 + 2 ="])[0]
     )
+
+
+def test_several_plain_completions_in_one_stream(client: openai.OpenAI) -> None:
+    stream = client.completions.create(
+        model="math",
+        prompt=["a", "b"],
+        n=2,
+        logprobs=0,
+        max_tokens=5,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    texts, offsets = [""] * 4, [[] for _ in range(4)]  # type: ignore[var-annotated]
+    usage = None
+    for chunk in stream:
+        usage = chunk.usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            offsets[choice.index] += choice.logprobs.text_offset or [] if choice.logprobs else []
+    assert texts == ["It is"] * 4
+    assert offsets == [[0, 1, 2, 3, 4]] * 4
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (2, 20)
 
 
 def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:

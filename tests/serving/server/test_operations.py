@@ -10,6 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.serving.server.fake_engine import FakeEngine
 from tests.serving.server.serving import Served, serve
 
+from prefillshare_train.serving.api import Event, Usage
+from prefillshare_train.serving.server.metrics import ServerMetrics
+
 
 @pytest.fixture
 def served() -> Iterator[Served]:
@@ -57,11 +60,22 @@ def test_latencies_and_tokens_are_told_by_decoder(served: Served) -> None:
 
 
 def test_time_per_output_token_leaves_the_first_out() -> None:
-    with serve(FakeEngine("x" * 11, delay_s=0.02)) as served:
+    with serve(FakeEngine("xyz", delay_s=0.05)) as served:
         served.chat()
         after = metrics(served)
     total = after["prefillshare_time_per_output_token_seconds_sum decoder=math"]
-    assert total == pytest.approx(0.02, rel=0.5)
+    assert 0.049 < total < 0.5
+
+
+def test_a_cancelled_response_is_no_measurement() -> None:
+    metrics = ServerMetrics(["math"], FakeEngine().stats)
+    usage = Usage(10, 0, 9, 1, 3, 0.1, 0.2, 0.5)
+    for reason in ("cancelled", "stop"):
+        metrics.finished("math", Event("r", finish_reason=reason, usage=usage))
+    text = metrics.exposition().decode()
+    assert 'request_duration_seconds_count{decoder="math"} 1.0' in text
+    assert 'responses_total{decoder="math",finish_reason="cancelled"} 1.0' in text
+    assert 'tokens_total{decoder="math",kind="prompt"} 20.0' in text
 
 
 def test_two_servers_do_not_mix_their_metrics(served: Served) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -171,6 +173,35 @@ def test_a_template_that_refuses_is_the_clients_error(
     error = refused(served.chat())
     assert error["param"] == "messages"
     assert "must alternate" in error["message"]
+
+
+def test_two_lengths_that_differ(served: Served) -> None:
+    assert served.chat(max_tokens=5, max_completion_tokens=5).status_code == 200
+    error = refused(served.chat(max_tokens=5, max_completion_tokens=6))
+    assert error["param"] == "max_tokens"
+
+
+def test_prompts_wait_in_a_bounded_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(max_rendering=1) as served:
+        entered, go = threading.Event(), threading.Event()
+        kind = type(served.engine.renderer)
+        encode = kind.encode
+
+        def slow(*arguments: Any) -> Any:
+            entered.set()
+            go.wait(10)
+            return encode(*arguments)
+
+        monkeypatch.setattr(kind, "encode", slow)
+        with ThreadPoolExecutor() as threads:
+            first = threads.submit(served.chat)
+            assert entered.wait(10)
+            answer = served.chat()
+            go.set()
+            assert refused(answer, 429)["code"] == "queue_full"
+            assert answer.headers["retry-after"] == "1"
+            assert first.result().status_code == 200
+        assert served.chat().status_code == 200
 
 
 def test_unknown_paths_and_methods(served: Served) -> None:

@@ -17,6 +17,7 @@ _OPEN_PATHS = frozenset({"/", "/health", "/ready", "/openapi.json"})
 """What anyone may ask for: the page (not what it shows), and what a load balancer asks."""
 _OPEN_PREFIX = "/page/"
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+MAX_HEADER_BYTES = 64 << 10
 # The rest of a body that was not read cannot be told from the next request.
 _CLOSE = {"Connection": "close"}
 
@@ -65,6 +66,10 @@ class Guard:
             await self._app(scope, receive, counted)
 
     def _check(self, headers: Headers, path: str) -> None:
+        # The protocol bounds only headers that come in pieces.
+        if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
+            message = f"the headers are longer than {MAX_HEADER_BYTES} bytes"
+            raise ApiError(431, message, headers=_CLOSE)
         if self._key is None:
             if not is_loopback(_host(headers.get("host", ""))):
                 message = "without an API key this server answers to loopback names only"

@@ -12,6 +12,7 @@ import uvicorn
 from prefillshare_train.serving.api import EngineClient
 from prefillshare_train.serving.server.app import create_app
 from prefillshare_train.serving.server.config import ServerConfig, is_loopback
+from prefillshare_train.serving.server.guard import MAX_HEADER_BYTES
 from prefillshare_train.serving.server.protocol import deadline_protocol
 from prefillshare_train.serving.server.service import Service
 
@@ -19,7 +20,6 @@ _LOG = logging.getLogger("uvicorn.error")
 _KEEP_ALIVE_S = 30
 _LAST_BYTES_S = 5
 """After the engine has drained: for the last bytes to reach their clients."""
-_MAX_HEADER_BYTES = 64 << 10
 
 Drain = Callable[[float], bool]
 """Let running responses finish within so many seconds; says whether all have."""
@@ -76,7 +76,7 @@ def make_server(engine: EngineClient, drain: Drain, config: ServerConfig) -> Dra
         limit_concurrency=config.max_connections,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_LAST_BYTES_S,
-        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         proxy_headers=False,
         server_header=False,
     )
