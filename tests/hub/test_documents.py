@@ -45,6 +45,7 @@ SECTIONS = ["TRL `SFTTrainer`", "PEFT aLoRA", "axolotl", "LLaMA-Factory"]
 def test_our_keys_are_those_of_a_recipe(title: str) -> None:
     ours = {key for _, keys, _ in table(title) for key in keys if " " not in key}
     assert len(ours) >= 2
+    ours |= set(re.findall(r"`((?:base|data|decoder|training)\.[\w.]+)[:`]", MIGRATING))
     known = names(Recipe)
     for prefix, kind in {
         "base": BaseConfig,

@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 from tests.core.conversations import packed_logits, prefill_batch
 from tests.data.helpers import CHATML
 from tests.hub import decoders
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
 from prefillshare_train.core.contract import Contract, ContractError
 from prefillshare_train.core.decoder_set import DecoderSet
+from prefillshare_train.core.generate import generate
 from prefillshare_train.core.loading import add_adapter, load_decoder
 from prefillshare_train.core.modules import load_causal_lm
 from prefillshare_train.core.packing import pack
+from prefillshare_train.core.prompt_cache import PromptCache
 from prefillshare_train.core.spans import Conversation, Turn
 from prefillshare_train.data import DataError
 from prefillshare_train.hub.errors import HubError
@@ -44,6 +46,19 @@ def conditioned_logits(folder: Path, prompt: list[int] = PROMPT, header: int = 1
     batch = pack([row], loaded.contract.rule)
     with torch.no_grad():
         return packed_logits(loaded.decoder, batch, prefill_batch(loaded.prefill, batch))
+
+
+def first_logits(decoder: Any, cache: PromptCache, prompt: list[int]) -> torch.Tensor:
+    """Scores of the first token of an answer, as `generate` sees them."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(scores)
+        return scores
+
+    processors = LogitsProcessorList([keep])
+    generate(decoder, cache, [prompt], max_new_tokens=1, stop_ids=(), processors=processors)
+    return seen[0]
 
 
 def files(folder: Path) -> set[str]:
@@ -208,6 +223,9 @@ def test_stock_peft_computes_what_the_decoder_does(base: Path, tmp_path: Path) -
     header = renderer.encode(["<|im_start|>assistant\n"])[0]
     settings = json.loads((out / "adapter_config.json").read_text())
     assert settings["alora_invocation_tokens"] == header
+    back = export_decoder(out, tmp_path / "back", ExportOptions())
+    settings = json.loads((back / "adapter_config.json").read_text())
+    assert settings["alora_invocation_tokens"] is None
 
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(out)).eval()
     with torch.no_grad():
@@ -232,13 +250,13 @@ def test_our_loaders_run_an_alora_as_the_decoder_that_it_is(base: Path, tmp_path
     out = export_decoder(folder, tmp_path / "out", ExportOptions(format="alora"))
     header = decoders.renderer_of(base).encode(["<|im_start|>assistant\n"])[0]
     prompt = [*PROMPT, *header]
-    expected = conditioned_logits(folder, prompt, len(header))
-    assert torch.equal(conditioned_logits(out, prompt, len(header)), expected)
-
-    batch = pack(
-        [Conversation((*prompt, *ANSWER), (Turn(len(prompt), len(prompt) + 3, len(header)),))],
-        Contract.load(out).rule,
-    )
+    loaded = load_decoder(folder)
+    cache = loaded.prefill.prefill([prompt[: -len(header)]])
+    expected = first_logits(loaded.decoder, cache, prompt)
+    plain = loaded.prefill.model
+    with loaded.prefill.base_weights():
+        assert not torch.equal(first_logits(plain, cache, prompt), expected), "the adapter acts"
+    assert torch.equal(first_logits(load_decoder(out).decoder, cache, prompt), expected)
     second = load_decoder(
         decoders.save_decoder(tmp_path / "first", base, lora={"r": 2}, boundary="generation_prompt")
     )
@@ -247,9 +265,7 @@ def test_our_loaders_run_an_alora_as_the_decoder_that_it_is(base: Path, tmp_path
     several = DecoderSet(str(base), {"plain": tmp_path / "first", "alora": out})
     several.lora.set_adapter(several.adapters["alora"])
     for decoder in (second.decoder, several.lora):
-        with torch.no_grad():
-            found = packed_logits(decoder, batch, prefill_batch(second.prefill, batch))
-        assert torch.equal(found, expected)
+        assert torch.equal(first_logits(decoder, cache, prompt), expected)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,6 @@ def new_folder(place: Path) -> Iterator[Path]:
         yield beside
         for path in (*beside.rglob("*"), beside):
             _flush(path)
-        _check_free(place)
         beside.replace(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
