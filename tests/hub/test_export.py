@@ -112,6 +112,8 @@ def test_a_full_decoder_with_a_resized_vocabulary_in_shards(
     out = export_decoder(folder, tmp_path / "out", ExportOptions(shard_size="30KB"))
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
+    modes = {path.stat().st_mode & 0o777 for path in out.iterdir()}
+    assert modes == {out.stat().st_mode & 0o666}, "others may read the weights too"
     assert ("lm_head.weight" in index["weight_map"]) is not tied
     assert torch.equal(conditioned_logits(out), conditioned_logits(folder))
     stock = AutoModelForCausalLM.from_pretrained(out)

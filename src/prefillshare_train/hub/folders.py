@@ -25,8 +25,12 @@ def new_folder(place: Path) -> Iterator[Path]:
     beside.mkdir(parents=True)
     try:
         yield beside
-        for path in (*beside.rglob("*"), beside):
+        readable = beside.stat().st_mode & 0o666  # what the user's umask leaves
+        for path in beside.rglob("*"):
+            if path.is_file():
+                path.chmod(readable)  # safetensors writes for its owner only
             _flush(path)
+        _flush(beside)
         beside.replace(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
