@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.core.conversations import packed_logits, prefill_batch
 from tests.training import tiny
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from prefillshare_train.core.contract import Contract, cache_config, weights_fingerprint
+from prefillshare_train.core.loading import load_decoder
 from prefillshare_train.core.modules import load_causal_lm
+from prefillshare_train.core.packing import pack
+from prefillshare_train.core.spans import Conversation, Turn
 from prefillshare_train.data import Renderer, make_renderer
 
 HUB_BASE = "made/base-135m"
+PROMPT = (40, 41, 42, 43, 44)
+ANSWER = (50, 51, 52)
 
 
 def perturb(model: nn.Module, seed: int = 1, scale: float = 0.2) -> None:
@@ -82,3 +89,15 @@ def save_decoder(
 def save_base(folder: Path) -> Path:
     """The tiny base with its tokenizer."""
     return tiny.save_base(folder)
+
+
+def conditioned_logits(
+    folder: Path, prompt: Sequence[int] = PROMPT, header: int = 1
+) -> torch.Tensor:
+    """Logits of the answer's tokens over the base's cache, as in training."""
+    loaded = load_decoder(folder, dtype=torch.float32)
+    ids = (*prompt, *ANSWER)
+    row = Conversation(ids, (Turn(len(prompt), len(ids), header),))
+    batch = pack([row], loaded.contract.rule)
+    with torch.no_grad():
+        return packed_logits(loaded.decoder, batch, prefill_batch(loaded.prefill, batch))

@@ -1,1 +1,1 @@
-"""Models in and out: conversion of base checkpoints from other formats."""
+"""Models in and out: decoders loaded, exported and pushed; base checkpoints converted."""

@@ -153,7 +153,13 @@ def _write_merged(
     checkpoint: Path, folder: Path, contract: Contract, options: ExportOptions
 ) -> None:
     """Merge in float32 and round once; a sum in bfloat16 would lose most of a small adapter."""
-    loaded = load_decoder(checkpoint, base=options.base, dtype=torch.float32)
+    try:
+        loaded = load_decoder(checkpoint, base=options.base, dtype=torch.float32)
+    except OSError as error:
+        raise HubError(
+            f"the base {options.base or contract.base_id} to merge into cannot be loaded: {error}. "
+            "Name its folder or hub id with --base-path"
+        ) from error
     assert isinstance(loaded.decoder, PeftModel)
     expected = _probe_logits(loaded.decoder)
     merged: Any = loaded.decoder.merge_and_unload()

@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from prefillshare_train.hub.errors import HubError
 
 
@@ -16,7 +18,7 @@ def new_folder(place: Path) -> Iterator[Path]:
     """A folder to fill, renamed to `place` when the block ends without an error.
 
     Raises:
-        HubError: `place` holds something already.
+        HubError: `place` holds something already, or files could not be read or written.
     """
     _check_free(place)
     target = place.resolve()
@@ -32,6 +34,8 @@ def new_folder(place: Path) -> Iterator[Path]:
             _flush(path)
         _flush(beside)
         beside.replace(target)
+    except (OSError, SafetensorError) as error:  # a full disk is either, by who meets it
+        raise HubError(f"writing {place} failed, and nothing was left there: {error}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
