@@ -1,4 +1,4 @@
-"""Write docs/training.md from the dataclasses and docs/results.md from benchmark results.
+"""Write the pages of docs/ that come from the code and from benchmark results.
 
 python docs/generate.py [--check]
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import results_page
+import serving_page
 from transformers import TrainingArguments
 
 from prefillshare_train.training.config import CacheConditionedConfig
@@ -21,6 +22,7 @@ DOCS = Path(__file__).parent
 SOURCE = DOCS.parent / "src" / "prefillshare_train"
 PAGE = DOCS / "training.md"
 RESULTS = DOCS / "results.md"
+SERVING = DOCS / "serving.md"
 SECTIONS = (
     ("Recipe", "training/recipe.py", "Recipe", ""),
     ("base", "training/recipe.py", "BaseConfig", "base."),
@@ -121,7 +123,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     check = parser.parse_args().check
     stale = []
-    for place, text in ((PAGE, page()), (RESULTS, results_page.page())):
+    pages = {PAGE: page(), RESULTS: results_page.page(), SERVING: serving_page.page()}
+    for place, text in pages.items():
         if place.is_file() and place.read_text() == text:
             continue
         stale.append(place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,9 @@ class Vowels:
     name = "vowels"
     notes = ("Made up.",)
 
-    def __init__(self, count: int = 7, **settings: Any) -> None:
+    def __init__(self, count: int = 7, stop: str = STOP, **settings: Any) -> None:
         self.settings = {"version": 1, **settings}
+        self.stop = stop
         self.count = count
         self.judged: list[str] = []
 
@@ -53,7 +55,7 @@ class Vowels:
                 f"v/{n}",
                 ({"role": "user", "content": "Say " + "so " * n + "on"},),
                 response_prefix="Well" if n % 2 else "",
-                stop=(STOP,),
+                stop=(self.stop,),
                 max_new_tokens=4 + n,
             )
             for n in range(self.count)
@@ -126,7 +128,12 @@ def test_every_variant_answers_as_it_would_alone(folder: Path, tmp_path: Path) -
         ("sft", "naive", "base"),
         ("aligned", "PrefillShare", "base"),
     ]
-    evaluate(loaded, variants, [Vowels()], tmp_path / "run", LIMITS)
+    evaluate(loaded, variants, [Vowels(stop="never said")], tmp_path / "whole", LIMITS)
+    whole = [record["output"] for record in outputs(tmp_path / "whole").values()]
+    # What tiny models say depends on the machine's rounding: stop at what is said seldom here.
+    counts = Counter(letter for text in whole for letter in text[:-1])
+    stop = min((count, letter) for letter, count in counts.items() if letter.isascii())[1]
+    evaluate(loaded, variants, [Vowels(stop=stop)], tmp_path / "run", LIMITS)
     found = outputs(tmp_path / "run")
     assert len(found) == 6 * 7
     spoken = {tuple(found[v.key, f"v/{n}"]["output"] for n in range(7)) for v in variants}
@@ -136,7 +143,7 @@ def test_every_variant_answers_as_it_would_alone(folder: Path, tmp_path: Path) -
         # One decoder alone, one prompt at a time, with nothing shared.
         alone = contestants(folder, variant.decoder.name)
         (decoder,) = alone.decoders
-        for item in Vowels().items():
+        for item in Vowels(stop=stop).items():
             text = alone.renderer.text(item.messages, add_generation_prompt=True)
             ids = alone.renderer.encode([text + item.response_prefix])[0]
             cut = variant.base_length(len(ids), 0)
@@ -155,8 +162,8 @@ def test_every_variant_answers_as_it_would_alone(folder: Path, tmp_path: Path) -
                 alone.renderer.decode(answer[: n + 1], skip_special_tokens=True)
                 for n in range(len(answer))
             ]
-            stopped = [n + 1 for n, text in enumerate(texts) if STOP in text]
-            text = texts[-1].partition(STOP)[0]
+            stopped = [n + 1 for n, text in enumerate(texts) if stop in text]
+            text = texts[-1].partition(stop)[0]
             record = found[variant.key, item.item_id]
             assert record["output_tokens"] == (stopped or [len(answer)])[0]
             stopped_early += bool(stopped) and stopped[0] < len(answer)

@@ -71,9 +71,8 @@ class DecoderSet:
         # PEFT keeps adapters as submodules, whose names may not hold a dot; a decoder's may.
         adapter = self.adapters[name] = f"decoder_{len(self.adapters)}"
         if self.lora is None:
-            self.lora = PeftModel.from_pretrained(
-                twin_of(self.base), folder, adapter_name=adapter
-            ).eval()
+            twin = twin_of(self.base)
+            self.lora = PeftModel.from_pretrained(twin, folder, adapter_name=adapter).eval()
         else:
             self.lora.load_adapter(folder, adapter_name=adapter)
         run_as_lora(self.lora)

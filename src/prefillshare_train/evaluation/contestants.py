@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
 
-from prefillshare_train.core.alora import run_as_lora
 from prefillshare_train.core.boundary import BoundaryRule
-from prefillshare_train.core.contract import Contract, ContractError, weights_fingerprint
-from prefillshare_train.core.modules import PrefillModule, causal_lm_of, load_causal_lm
+from prefillshare_train.core.contract import Contract, ContractError
+from prefillshare_train.core.decoder_set import DecoderSet
+from prefillshare_train.core.modules import PrefillModule
 from prefillshare_train.data import Renderer, make_renderer, saved_renderer
 from prefillshare_train.evaluation.task import EvaluationError
 
@@ -107,15 +106,14 @@ class Contestants:
             raise EvaluationError(
                 f"two decoders are called {min(twice)}; name them: --decoder first=DIR"
             )
-        contracts = {s.name: Contract.load(s.folder) for s in specs if s.folder is not None}
-        first = next(iter(contracts.values()), None)
-        self.dtype = dtype or getattr(torch, first.kv_dtype if first else "bfloat16")
-        plain = load_causal_lm(base, dtype=self.dtype, revision=revision, device=device)
-        self.base_fingerprint = weights_fingerprint(plain)
-        self._full: dict[str, nn.Module] = {}
-        self._adapters: dict[str, str] = {}
-        self._shared: nn.Module = plain
+        folders = {spec.name: spec.folder for spec in specs if spec.folder is not None}
+        self._loaded = DecoderSet(base, folders, dtype=dtype, revision=revision, device=device)
+        self.dtype = self._loaded.dtype
+        self.base_fingerprint = self._loaded.base_fingerprint
+        self.prefill = PrefillModule(self._loaded.base)
         self.decoders: list[Decoder] = []
+        contracts = self._loaded.contracts
+        first = next(iter(contracts.values()), None)
         self.renderer = self._renderer(base, revision, specs, contracts, chat_template)
         prompt = self.renderer.prompt_contract()
         for spec in specs:
@@ -129,13 +127,14 @@ class Contestants:
             mismatch = ""
             try:
                 contract.verify(
-                    base_fingerprint=self.base_fingerprint, config=plain.config, prompt=prompt
+                    base_fingerprint=self.base_fingerprint,
+                    config=self._loaded.base.config,
+                    prompt=prompt,
                 )
             except ContractError as error:
                 if not allow_mismatch:
                     raise ContractError(f"{spec.folder}: {error}") from error
                 mismatch = str(error)
-            self._load(spec.name, spec.folder, contract, device)
             self.decoders.append(
                 Decoder(
                     spec.name,
@@ -147,7 +146,6 @@ class Contestants:
                     dataclasses.asdict(contract),
                 )
             )
-        self.prefill = PrefillModule(self._shared)
 
     @staticmethod
     def _renderer(
@@ -176,38 +174,23 @@ class Contestants:
             end_token_ids=[ends] if isinstance(ends, int) else list(ends or []),
         )
 
-    def _load(self, name: str, folder: Path, contract: Contract, device: str | None) -> None:
-        if contract.adapter == "none":
-            self._full[name] = load_causal_lm(str(folder), dtype=self.dtype, device=device).eval()
-            return
-        # PEFT keeps adapters as submodules, whose names may not hold a dot; a decoder's may.
-        adapter = self._adapters[name] = f"decoder_{len(self._adapters)}"
-        if isinstance(self._shared, PeftModel):
-            self._shared.load_adapter(str(folder), adapter_name=adapter)
-            run_as_lora(self._shared)
-        else:
-            shared = PeftModel.from_pretrained(self._shared, str(folder), adapter_name=adapter)
-            self._shared = run_as_lora(shared).eval()
-
     @contextlib.contextmanager
     def running(self, decoder: Decoder) -> Iterator[nn.Module]:
         """The decode module of a decoder, its adapter chosen."""
+        loaded = self._loaded
         if decoder.method == BASE:
-            with self.prefill.base_weights():
-                yield self._shared
-        elif decoder.name in self._full:
-            yield self._full[decoder.name]
+            yield loaded.base
+        elif decoder.name in loaded.full:
+            yield loaded.full[decoder.name]
         else:
-            assert isinstance(self._shared, PeftModel)
-            self._shared.set_adapter(self._adapters[decoder.name])
-            yield self._shared
+            assert loaded.lora is not None
+            loaded.lora.set_adapter(loaded.adapters[decoder.name])
+            yield loaded.lora
 
     @property
     def position_count(self) -> int | None:
         """Positions that the model was made for (`max_position_embeddings`), None if not told."""
-        limit: int | None = getattr(
-            causal_lm_of(self._shared).config, "max_position_embeddings", None
-        )
+        limit: int | None = getattr(self._loaded.base.config, "max_position_embeddings", None)
         return limit
 
 
