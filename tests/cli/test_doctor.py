@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +49,8 @@ def bad(findings: Any) -> list[Finding]:
 
 def test_this_environment_is_sound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    activated = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    monkeypatch.setenv("PATH", activated)
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0, result.output
     for part in (
