@@ -4,8 +4,8 @@
 
 Measured is resident memory at its highest, less that of the interpreter and libraries (on CUDA: the
 allocator's peak). glibc keeps freed blocks for later use, which is no memory that a step needs: the
-measuring processes run with MALLOC_* variables that have it return them. Writes benchmarks/results/memory_estimate.json; exits with 1 where an estimate is
-off by more than 15 %.
+measuring processes run with MALLOC_* variables that have it return them. Writes
+benchmarks/results/memory_estimate.json; exits with 1 where an estimate is off by more than 15 %.
 """
 
 from __future__ import annotations

@@ -35,11 +35,17 @@ def train(
 
             typer.echo(dry_run_report(loaded))
             return
-        from prefillshare_train.training.run import run_training
+        if loaded.recipe.decoders:
+            from prefillshare_train.training.decoders import train_decoders
 
-        result = run_training(loaded, resume=resume)
-    if result.decoder is None:
+            results = list(train_decoders(loaded, resume=resume).values())
+        else:
+            from prefillshare_train.training.run import run_training
+
+            results = [run_training(loaded, resume=resume)]
+    if any(result.decoder is None for result in results):
         typer.echo("stopped by SIGTERM after saving; run the same command with --resume", err=True)
         raise typer.Exit(SIGTERM_STATUS)
-    if result.trainer.is_world_process_zero():
-        typer.echo(f"decoder: {result.decoder}")
+    for result in results:
+        if result.trainer.is_world_process_zero():
+            typer.echo(f"decoder: {result.decoder}")

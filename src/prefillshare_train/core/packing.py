@@ -138,6 +138,25 @@ def pack(
     }
 
 
+def pack_prompts(prompts: Sequence[tuple[int, ...]], device: torch.device) -> dict[str, Any]:
+    """What `PrefillModule.prefill_packed` reads of a batch, for prompts alone."""
+    lengths = tuple(len(ids) for ids in prompts)
+    segments = [Segment(n) for n in lengths if n]
+    layout = BatchLayout(
+        prompt_lengths=lengths,
+        prefill_groups=group_segments(segments),
+        prefill=plan_prefill(prompts),
+        decode_groups=(),
+        conversations=len(prompts),
+        prompt_tokens=sum(lengths),
+        response_tokens=0,
+        max_position=max(lengths, default=1) - 1,
+        decode_pairs=0,
+        prefill_pairs=_pairs(segments),
+    )
+    return {"prefill_ids": _row([i for ids in prompts for i in ids]).to(device), "layout": layout}
+
+
 def _row(values: list[int]) -> Tensor:
     return torch.tensor([values], dtype=torch.long)
 

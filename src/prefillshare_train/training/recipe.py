@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -73,6 +74,10 @@ class Recipe:
     """Boundary rule: `last_token`, `generation_prompt`, `block_aligned:B` or `ratio:r`."""
     training: dict[str, Any] = field(default_factory=dict)
     """Any field of `CacheConditionedConfig`, that is of `transformers.TrainingArguments` too."""
+    decoders: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Several decoders trained at once over one prefill, by name. Each lists what it has of its own
+    among `decoder`, `data`, `training` and `boundary`; the rest is the recipe's. Checkpoints go to
+    `<output_dir>/<name>` unless it names a folder."""
     local_copies: dict[str, str] = field(default_factory=dict)
     """Folders that stand in for hub models and data sets, by hub id: what the recipe names stays as
     it is, in the decoder's contract too, and is read from the folder. For machines without a hub;
@@ -157,7 +162,41 @@ def load_recipe(paths: Sequence[Path | str], overrides: Sequence[str] = ()) -> L
         raise RecipeError(f"{paths[-1]}: {error}") from error
     assert isinstance(values, dict)
     plain: dict[str, Any] = {str(key): value for key, value in values.items()}
-    return LoadedRecipe(parse_recipe(plain), Path(paths[-1]).resolve().parent, plain)
+    loaded = LoadedRecipe(parse_recipe(plain), Path(paths[-1]).resolve().parent, plain)
+    decoder_recipes(loaded)  # so that their mistakes are told now
+    return loaded
+
+
+def decoder_recipes(loaded: LoadedRecipe) -> dict[str, LoadedRecipe]:
+    """A recipe of its own for each of `decoders`, by name, in order.
+
+    Raises:
+        RecipeError: a name or key is wrong, or two decoders would write to one folder.
+    """
+    common = {key: value for key, value in loaded.values.items() if key != "decoders"}
+    found: dict[str, LoadedRecipe] = {}
+    folders: dict[Path, str] = {}
+    for name, own in loaded.recipe.decoders.items():
+        unknown = sorted(set(own) - {"decoder", "data", "training", "boundary"})
+        if unknown or not re.fullmatch(r"\w[\w.-]*", name):
+            raise RecipeError(
+                f"decoders.{name}: "
+                + (f"{unknown[0]} is common to all decoders" if unknown else "not a folder's name")
+                + ". A decoder has a name of letters, digits, '.', '_' and '-', and of its own "
+                "decoder, data, training and boundary"
+            )
+        folder = f"{loaded.recipe.training['output_dir']}/{name}"
+        merged = OmegaConf.merge(common, {"training": {"output_dir": folder}}, own)
+        values: Any = OmegaConf.to_container(merged, resolve=True)
+        try:
+            found[name] = LoadedRecipe(parse_recipe(values), loaded.base_dir, values)
+        except RecipeError as error:
+            raise RecipeError(f"decoders.{name}: {error}") from error
+        place = Path(found[name].recipe.training["output_dir"]).resolve()
+        if place in folders:
+            raise RecipeError(f"decoders {folders[place]} and {name} would both write to {place}")
+        folders[place] = name
+    return found
 
 
 def parse_recipe(values: dict[str, Any]) -> Recipe:

@@ -13,8 +13,10 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, set_seed
 
 from prefillshare_train.core.contract import Contract, cache_config, weights_fingerprint
+from prefillshare_train.core.decoder_set import twin_of
 from prefillshare_train.core.families import check_supported, position_limit
 from prefillshare_train.core.modules import causal_lm_of, load_causal_lm
+from prefillshare_train.core.shared_prefill import SharedPrefill
 from prefillshare_train.data import PreparedData, build_dataset
 from prefillshare_train.training.base_weights import whole_weights
 from prefillshare_train.training.checkpoints import StopOnSignal
@@ -72,10 +74,20 @@ def _generation_ends(recipe: Recipe) -> list[int]:
     return [ends] if isinstance(ends, int) else list(ends or [])
 
 
+@dataclass(frozen=True)
+class SharedBase:
+    """A base over which several decoders are trained in one process."""
+
+    prefill: SharedPrefill
+    fingerprint: str
+
+
 def build_models(
-    recipe: Recipe, arguments: CacheConditionedConfig
+    recipe: Recipe, arguments: CacheConditionedConfig, shared: SharedBase | None = None
 ) -> tuple[nn.Module, nn.Module | None, str]:
     """Load the decoder, the base where it is a second model, and fingerprint the base.
+
+    With `shared`, that base's weights and fingerprint are taken, and no base is returned.
 
     Only a decoder that is trained in full beside its base may be partitioned as it is loaded; all
     else is loaded whole on every rank, and sharded where the run shards.
@@ -86,9 +98,12 @@ def build_models(
     name, revision = recipe.base_location, recipe.base.revision
     base_dtype = getattr(torch, recipe.base.dtype)
     if recipe.decoder.adapter == "lora":
-        with whole_weights(arguments):
-            model = load_causal_lm(name, dtype=base_dtype, revision=revision)
-        fingerprint = weights_fingerprint(model)
+        if shared is not None:
+            model, fingerprint = twin_of(shared.prefill.causal_lm), shared.fingerprint
+        else:
+            with whole_weights(arguments):
+                model = load_causal_lm(name, dtype=base_dtype, revision=revision)
+            fingerprint = weights_fingerprint(model)
         try:
             settings = LoraConfig(task_type="CAUSAL_LM", **recipe.decoder.lora)
         except TypeError as error:
@@ -99,6 +114,9 @@ def build_models(
         with whole_weights(arguments):
             decoder = load_causal_lm(name, dtype=decoder_dtype, revision=revision)
         return decoder, None, weights_fingerprint(decoder)
+    if shared is not None:
+        decoder = load_causal_lm(name, dtype=decoder_dtype, revision=revision)
+        return decoder, None, shared.fingerprint
     with whole_weights(arguments):
         base = load_causal_lm(name, dtype=base_dtype, revision=revision)
     fingerprint = weights_fingerprint(base)
@@ -120,17 +138,49 @@ def make_contract(recipe: Recipe, model: nn.Module, data: PreparedData, base: st
     )
 
 
-def run_training(loaded: LoadedRecipe, *, resume: bool = False) -> RunResult:
-    """Train a recipe to its end and leave the decoder in `<output_dir>/decoder`.
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run that is ready to train.
+
+    Attributes:
+        loaded: its recipe.
+        trainer: with model and data.
+        data: the prepared data.
+        stop: set `stop.stopped` to have the run save and end after its step.
+        checkpoint: where it goes on from, or None.
+    """
+
+    loaded: LoadedRecipe
+    trainer: CacheConditionedTrainer
+    data: PreparedData
+    stop: StopOnSignal
+    checkpoint: str | None
+
+    def train(self) -> RunResult:
+        """Train to the end and leave the decoder in `<output_dir>/decoder`."""
+        self.trainer.train(resume_from_checkpoint=self.checkpoint)
+        if self.stop.stopped:
+            return RunResult(None, self.trainer, self.data)
+        if self.data.eval:
+            self.trainer.evaluate()
+        decoder = self.trainer.output_folder / DECODER_FOLDER
+        publish_decoder(self.trainer, decoder, self.loaded.to_yaml())
+        return RunResult(decoder, self.trainer, self.data)
+
+
+def prepare_run(
+    loaded: LoadedRecipe, *, resume: bool = False, shared: SharedBase | None = None
+) -> PreparedRun:
+    """Everything before the first step.
 
     Args:
         resume: go on from the newest complete checkpoint, if there is one.
+        shared: a base that other runs of this process read too.
 
     Raises:
         RecipeError: the output directory already holds a run and `resume` is False.
     """
     recipe = loaded.recipe
-    refuse_lone_process()
     arguments = recipe.training_arguments()
     output = Path(recipe.training["output_dir"])
     held = sorted(output.glob("checkpoint-*")) or sorted(output.glob(DECODER_FOLDER))
@@ -141,12 +191,13 @@ def run_training(loaded: LoadedRecipe, *, resume: bool = False) -> RunResult:
         )
     data = prepare_data(loaded)
     set_seed(arguments.seed)  # adapters begin at random weights, which every rank must share
-    model, base, fingerprint = build_models(recipe, arguments)
+    model, base, fingerprint = build_models(recipe, arguments, shared)
     stop = StopOnSignal()
     trainer = CacheConditionedTrainer(
         model,
         arguments,
         base=base,
+        prefill=shared.prefill if shared is not None else None,
         train_dataset=data.train,
         eval_dataset=data.eval or None,
         contract=make_contract(recipe, model, data, fingerprint),
@@ -155,14 +206,24 @@ def run_training(loaded: LoadedRecipe, *, resume: bool = False) -> RunResult:
     )
     trainer.add_callback(ExactMatchCallback(trainer, data.eval_examples, data.renderer))
     checkpoint = trainer.last_checkpoint() if resume else None
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if stop.stopped:
-        return RunResult(None, trainer, data)
-    if data.eval:
-        trainer.evaluate()
-    decoder = output / DECODER_FOLDER
-    publish_decoder(trainer, decoder, loaded.to_yaml())
-    return RunResult(decoder, trainer, data)
+    return PreparedRun(loaded, trainer, data, stop, checkpoint)
+
+
+def run_training(loaded: LoadedRecipe, *, resume: bool = False) -> RunResult:
+    """Train a recipe to its end and leave the decoder in `<output_dir>/decoder`.
+
+    Args:
+        resume: go on from the newest complete checkpoint, if there is one.
+
+    Raises:
+        RecipeError: the output directory already holds a run and `resume` is False, or the recipe
+            names several decoders.
+        LaunchError: this process was meant to be one of several.
+    """
+    refuse_lone_process()
+    if loaded.recipe.decoders:
+        raise RecipeError("the recipe names several decoders: use `train_decoders`")
+    return prepare_run(loaded, resume=resume).train()
 
 
 def publish_decoder(trainer: CacheConditionedTrainer, place: Path, recipe_yaml: str) -> None:

@@ -71,6 +71,7 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
         args: a `CacheConditionedConfig`.
         base: the frozen base, for full fine-tuning; a LoRA decoder's base is the model itself with
             its adapters off, so None. Not read for `method: full_prompt`.
+        prefill: in place of `base`, a base that several trainers share.
         train_dataset, eval_dataset: sequences of `Conversation`.
         contract: saved into every checkpoint.
         **kwargs: anything else that `Trainer` takes.
@@ -92,6 +93,7 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
         train_dataset: Sequence[Conversation] | None = None,
         eval_dataset: Sequence[Conversation] | None = None,
         base: nn.Module | None = None,
+        prefill: PrefillModule | None = None,
         contract: Contract | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -106,7 +108,7 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
             )
         self.rule = BoundaryRule.parse(args.boundary)
         self.contract = contract
-        self.prefill = self._prefill_module(model, base, args.method)
+        self.prefill = prefill or self._prefill_module(model, base, args.method)
         attach_loss_head(model)
         super().__init__(
             model=model,
