@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -155,3 +156,55 @@ def test_workers_in_threads_answer_alike(
     for one in sent:
         expected = oracle.answer(one.decoder, one.prompt_ids, 6)
         assert list(found.generation(one.request_id).token_ids) == expected
+
+
+def test_turns_of_one_session_on_two_workers_at_once(models: ServedModels) -> None:
+    """Each worker's blocks go back to itself, whichever turn ended last."""
+    options = {"prefill_workers": 2, "session_tokens": 40, "session_idle_s": 1e9}
+    with engine_of(models, 160, **options) as engine:
+        found = Collector()
+        for round_ in range(6):
+            for n in range(4):
+                ids = tuple(range(10 + 30 * n, 40 + 30 * n + round_))
+                engine.submit(request("math", ids, 4, session="s"), found)
+        assert engine.drain(60)
+        engine.end_session("s")
+    assert all(events[-1].finish_reason != "error" for events in found.events.values())
+    assert_nothing_leaks(engine)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_after_a_step_that_fails_the_engine_serves_on(
+    models: ServedModels, oracle: Oracle, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane = models.decoders["full"].lane
+    step = lane.step
+    faults = [RuntimeError("out of something")]
+
+    def fails_once(*args: Any) -> Any:
+        if faults:
+            raise faults.pop()
+        return step(*args)
+
+    with engine_of(models, 160, prefill_workers=workers) as engine:
+        found = Collector()
+        sent = [request("math", range(10, 40), 60, ignore_eos=True, session="s")]
+        engine.submit(sent[0], found)
+        while not found.events:
+            time.sleep(0.01)
+        monkeypatch.setattr(lane, "step", fails_once)
+        sent.append(request("full", range(50, 90), 6))
+        engine.submit(sent[1], found)
+        while not all(found.done(one.request_id) for one in sent):
+            time.sleep(0.01)
+        for one in sent:
+            answer = found.generation(one.request_id)
+            assert (answer.finish_reason, answer.error) == (
+                "error",
+                "the engine failed in a step; see its log",
+            )
+        for name in ("full", "math"):
+            again = request(name, range(50, 90), 6)
+            expected = oracle.answer(name, again.prompt_ids, 6)
+            assert list(engine.generate(again).token_ids) == expected
+    assert_nothing_leaks(engine)

@@ -47,6 +47,17 @@ class PeftAdapters:
     def __init__(self, model: PeftModel) -> None:
         self._model = model
 
+    @property
+    def can_mix(self) -> bool:
+        """Whether rows of different adapters may share a batch.
+
+        Not where one is DoRA or another variant, nor where one trains whole modules: PEFT would
+        look for that module in every adapter of the batch.
+        """
+        modules = list(self._model.modules())
+        variants = any(m.lora_variant for m in modules if isinstance(m, LoraLayer))
+        return not variants and not any(isinstance(m, AuxiliaryTrainingWrapper) for m in modules)
+
     @contextlib.contextmanager
     def running(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         """One adapter for the whole model, or names for its mixed-batch forward."""

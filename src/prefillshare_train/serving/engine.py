@@ -7,7 +7,8 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -79,22 +80,10 @@ class Engine:
         total = each * self.config.prefill_workers
         self.storage = self._make_storage(geometry, total)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._caches = {
-            number: PrefixCache(
-                self.storage,
-                range(number * each, (number + 1) * each),
-                self.config.staging_bytes // self.config.prefill_workers,
-            )
-            for number in range(self.config.prefill_workers)
-        }
+        self._pool_blocks = each
         self._intake = Intake(models, self.config, self.storage, each)
-        reserve = -(-self.config.session_tokens // self.config.block_tokens)
-        self._sessions = SessionTable(
-            min(reserve, each), self.config.session_idle_s, self._release_pinned
-        )
-        self._scheduler = Scheduler(self.config, self.storage, self._caches, self._sessions)
+        self._set_up(range(self.config.prefill_workers))
         self._workers = self._make_workers()
-        self._batches: dict[int, list[tuple[Sequence, int]]] = {}
         self._live: dict[str, Sequence] = {}
         self._lock = threading.Lock()
         self._accepting = True
@@ -105,6 +94,24 @@ class Engine:
         self._finished: Counter[str] = Counter()
         self._prefill_seconds = self._decode_seconds = self._handover_seconds = 0.0
         self._ends: list[float] = []
+
+    def _set_up(self, workers: Iterable[int]) -> None:
+        """Empty pools for the workers, no session, nothing scheduled."""
+        each, count = self._pool_blocks, self.config.prefill_workers
+        self._caches = {
+            number: PrefixCache(
+                self.storage,
+                range(number * each, (number + 1) * each),
+                self.config.staging_bytes // count,
+            )
+            for number in workers
+        }
+        reserve = -(-self.config.session_tokens // self.config.block_tokens)
+        self._sessions = SessionTable(
+            min(reserve, each), self.config.session_idle_s, self._release_pinned
+        )
+        self._scheduler = Scheduler(self.config, self.storage, self._caches, self._sessions)
+        self._batches: dict[int, list[tuple[Sequence, int]]] = {}
 
     def _make_storage(self, geometry: KVGeometry, blocks: int) -> KVStorage:
         size = self.config.block_tokens
@@ -267,13 +274,11 @@ class Engine:
     def _run(self) -> None:
         while not (self._stopping.is_set() and not self._live):
             try:
-                busy = self.step()
+                if not self.step():
+                    self._wait()
             except Exception:
                 logger.exception("a step failed; every running request ends with an error")
-                self._fail_all("the engine failed in a step; see its log")
-                busy = True
-            if not busy:
-                self._wait()
+                self._start_over()
 
     def _wait(self) -> None:
         try:
@@ -281,6 +286,27 @@ class Engine:
         except queue.Empty:
             return
         command()
+
+    def _start_over(self) -> None:
+        """End what runs with an error and begin with empty pools.
+
+        Whatever broke a step may have left the books wrong, and wrong books would give one request
+        the blocks of another.
+        """
+        old = self._scheduler
+        running = (*old.prefilling, *old.ready, *old.decoding)
+        with self._lock:
+            lost = [seq for seq in self._live.values() if seq in running or seq.worker >= 0]
+        # Workers may still write into blocks that are about to be given away.
+        self._batches = {number: [] for number in self._batches}
+        while self._batches:
+            self._wait()
+        waiting = [seq for seq in self._scheduler.waiting if seq not in lost]
+        self._set_up(list(self._workers))
+        self._scheduler.waiting = waiting
+        for seq in lost:
+            seq.state = State.ENDED
+            self._report_end(seq, "error", error="the engine failed in a step; see its log")
 
     # -- one step ---------------------------------------------------------------------------
 
@@ -419,11 +445,21 @@ class Engine:
         stop_reason: str | int | None = None,
         error: str | None = None,
     ) -> None:
-        if seq.state is State.ENDED:
-            return
+        if seq.state is not State.ENDED:
+            self._scheduler.remove(seq, time.monotonic())
+            self._report_end(seq, reason, event=event, stop_reason=stop_reason, error=error)
+
+    def _report_end(
+        self,
+        seq: Sequence,
+        reason: FinishReason,
+        *,
+        event: Event | None = None,
+        stop_reason: str | int | None = None,
+        error: str | None = None,
+    ) -> None:
         now = time.monotonic()
         usage = seq.usage(now)
-        self._scheduler.remove(seq, now)
         self._sums["prompt"] += usage.prompt_tokens
         self._sums["cached"] += usage.cached_tokens
         self._sums["prefilled"] += usage.prefilled_tokens
@@ -433,19 +469,8 @@ class Engine:
         with self._lock:
             self._live.pop(seq.request.request_id, None)
         last = event or Event(seq.request.request_id)
-        self._send(
-            seq,
-            Event(
-                last.request_id,
-                last.token_ids,
-                last.text,
-                last.logprobs,
-                reason,
-                stop_reason,
-                error,
-                usage,
-            ),
-        )
+        end = replace(last, finish_reason=reason, stop_reason=stop_reason, error=error, usage=usage)
+        self._send(seq, end)
 
     def _send(self, seq: Sequence, event: Event) -> None:
         try:
@@ -454,16 +479,6 @@ class Engine:
             logger.exception("the sink of %s failed; the request is cancelled", event.request_id)
             if event.finish_reason is None:
                 self.cancel(event.request_id)
-
-    def _fail_all(self, message: str) -> None:
-        with self._lock:
-            live = list(self._live.values())
-        for seq in live:
-            busy = any(seq is other for batch in self._batches.values() for other, _ in batch)
-            if busy:
-                seq.cancelled = True
-            elif seq in self._scheduler.waiting or seq.state is not State.WAITING:
-                self._finish(seq, "error", error=message)
 
     def _lose_worker(self, number: int, error: str) -> None:
         """Drop a dead worker's blocks from the cache; what it was running waits anew."""

@@ -64,15 +64,17 @@ class ServedModels:
         self.base_fingerprint = loaded.base_fingerprint
         self.dtype = loaded.dtype
         self.renderer = renderer
-        shared = _shared_lane(loaded)
+        lanes = _lora_lanes(loaded)
         self.decoders: dict[str, ServedDecoder] = {}
         for name, contract in loaded.contracts.items():
-            lane = Lane(loaded.full[name], NoAdapters()) if name in loaded.full else shared
             adapter = loaded.adapters.get(name, BASE_ADAPTER)
+            full = loaded.full.get(name)
+            lane = lanes[adapter] if full is None else Lane(full, NoAdapters())
             self.decoders[name] = ServedDecoder(name, contract.rule, lane, adapter, contract)
         if serve_base or not self.decoders:
             rule = BoundaryRule("last_token")
-            self.decoders[BASE] = ServedDecoder(BASE, rule, shared, BASE_ADAPTER, None)
+            lane = lanes[BASE_ADAPTER]
+            self.decoders[BASE] = ServedDecoder(BASE, rule, lane, BASE_ADAPTER, None)
 
     @classmethod
     def load(
@@ -134,14 +136,19 @@ class ServedModels:
         return min(known) if known else None
 
 
-def _shared_lane(loaded: DecoderSet) -> Lane:
-    """The lane of all LoRA decoders, which can answer as the base too."""
+def _lora_lanes(loaded: DecoderSet) -> dict[str, Lane]:
+    """The lane of each LoRA decoder and of the base: one for all where their rows can be mixed."""
+    names = loaded.adapters.values()
     if loaded.lora is None:
-        return Lane(loaded.base, NoAdapters())
-    stacked = stack_adapters(loaded.base, loaded.lora, tuple(loaded.adapters.values()))
+        return {BASE_ADAPTER: Lane(loaded.base, NoAdapters())}
+    stacked = stack_adapters(loaded.base, loaded.lora, tuple(names))
     if stacked is not None:
-        return Lane(*stacked)
-    return Lane(loaded.lora, PeftAdapters(loaded.lora))
+        return dict.fromkeys([*names, BASE_ADAPTER], Lane(*stacked))
+    switch = PeftAdapters(loaded.lora)
+    if switch.can_mix:
+        return dict.fromkeys([*names, BASE_ADAPTER], Lane(loaded.lora, switch))
+    lanes = {name: Lane(loaded.lora, switch) for name in names}
+    return lanes | {BASE_ADAPTER: Lane(loaded.base, NoAdapters())}
 
 
 def _base_renderer(base: str, revision: str | None, chat_template: str | None) -> Renderer:

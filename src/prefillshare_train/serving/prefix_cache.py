@@ -43,7 +43,7 @@ def block_key(parent: Key, tokens: Sequence[int]) -> Key:
     return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """A kept block: in the pool (`block`), or in the host tier (`staged`)."""
 

@@ -197,7 +197,7 @@ class Scheduler:
             # A prompt that the base has not finished is not what the next turn goes on from.
             keep = seq.blocks if pool is not None and seq.computed == seq.base_tokens else []
             ids = (*seq.request.prompt_ids, *seq.response)
-            kept = self.sessions.finish(seq.request.session, held, keep, ids, now)
+            kept = self.sessions.finish(seq.request.session, seq.worker, held, keep, ids, now)
             if pool is not None:
                 pool.release(seq.own_blocks if kept else [*seq.blocks, *seq.own_blocks])
         seq.state = State.ENDED

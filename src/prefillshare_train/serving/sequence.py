@@ -25,7 +25,7 @@ class State(enum.Enum):
     ENDED = enum.auto()
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """A request with its blocks.
 

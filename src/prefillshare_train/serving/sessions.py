@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from prefillshare_train.serving.prefix_cache import common_prefix
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
     """One agent session.
 
     Attributes:
         worker: the prefill worker of its last turn.
         reserved: blocks promised to it, 0 without reservations.
-        pinned: prompt blocks of its last turn, held for the next.
+        pinned: prompt blocks of its last turn, held for the next; `pinned_on`: their worker, which
+            may be another than `worker` where two of its turns ran at once.
         running: requests in flight; `held`: blocks that these hold.
         last_used: time of its last request's end or beginning, in seconds.
         ids: prompt and response of its last turn.
@@ -25,6 +26,7 @@ class Session:
     reserved: int
     last_used: float
     pinned: list[int] = field(default_factory=list)
+    pinned_on: int = -1
     running: int = 0
     held: int = 0
     ids: tuple[int, ...] = ()
@@ -104,6 +106,7 @@ class SessionTable:
     def finish(
         self,
         name: str | None,
+        worker: int,
         held: int,
         keep: Sequence[int],
         ids: tuple[int, ...],
@@ -112,6 +115,7 @@ class SessionTable:
         """A turn has ended.
 
         Args:
+            worker: that ran it.
             keep: its prompt blocks, of which the caller gives one reference away if True is
                 returned.
 
@@ -128,7 +132,7 @@ class SessionTable:
         if not session.reserved or not keep:
             return False
         self._unpin(session)
-        session.pinned = list(keep)
+        session.pinned, session.pinned_on = list(keep), worker
         return True
 
     def abandon(self, name: str | None, held: int) -> None:
@@ -157,7 +161,8 @@ class SessionTable:
 
     def give_up_one(self, worker: int) -> bool:
         """Unpin the session of a worker that has been idle longest; False where there is none."""
-        idle = [s for s in self.on_worker(worker) if s.pinned and not s.running]
+        sessions = self._sessions.values()
+        idle = [s for s in sessions if s.pinned and s.pinned_on == worker and not s.running]
         if not idle:
             return False
         session = min(idle, key=lambda s: s.last_used)
@@ -167,10 +172,11 @@ class SessionTable:
 
     def drop_worker(self, worker: int) -> None:
         """A worker is gone: its sessions keep their names and lose what was pinned."""
-        for session in self.on_worker(worker):
-            self._unpin(session)
+        for session in self._sessions.values():
+            if session.pinned_on == worker:
+                self._unpin(session)
 
     def _unpin(self, session: Session) -> None:
         if session.pinned:
-            self._release(session.worker, session.pinned)
+            self._release(session.pinned_on, session.pinned)
             session.pinned = []
