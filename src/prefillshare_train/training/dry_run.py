@@ -17,6 +17,7 @@ from prefillshare_train.training.estimate import (
 )
 from prefillshare_train.training.recipe import LoadedRecipe, RecipeError
 from prefillshare_train.training.run import prepare_data
+from prefillshare_train.training.step_memory import StepMemory
 
 _UTILISATION = 0.4  # of the peak; what well-tuned training reaches on GPUs
 
@@ -65,14 +66,19 @@ def estimate_lines(
         raise RecipeError(f"decoder.lora: {error}") from error
     # Without an accelerator the run would be on the CPU, whose attention keeps more.
     gpu = torch.accelerator.is_available() or ranks is not None
-    step = step_memory(recipe, arguments, config, longest, accelerator=gpu)
     names = PARALLEL if ranks is not None else ("one_gpu",)
+
+    def simulated(parallel: str) -> StepMemory:
+        return step_memory(recipe, arguments, config, longest, accelerator=gpu, parallel=parallel)
+
+    whole = simulated("one_gpu")
+    in_half = simulated("zero2") if ranks is not None else whole
     columns = [
         estimate_memory(
             recipe,
             arguments,
             sizes,
-            step,
+            whole if name in ("one_gpu", "ddp") else in_half,
             parallel=name,
             ranks=1 if name == "one_gpu" else ranks or 1,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,8 +86,20 @@ def step_memory(
     conversations: Sequence[Conversation],
     *,
     accelerator: bool,
+    parallel: str = "one_gpu",
 ) -> StepMemory:
-    """Simulate one micro-batch; see `simulate_step`."""
+    """Simulate one micro-batch; see `simulate_step`.
+
+    Where weights are sharded, or DeepSpeed runs, mixed precision means weights that already are in
+    half precision, and not autocast's copies of them beside the float32 ones.
+    """
+    mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    if mixed is not None and parallel not in ("one_gpu", "ddp"):
+        half: Any = str(mixed).removeprefix("torch.")
+        recipe = dataclasses.replace(
+            recipe, decoder=dataclasses.replace(recipe.decoder, dtype=half)
+        )
+        mixed = None
 
     def make(layers: int) -> tuple[nn.Module, Any]:
         decoder = build_on_meta(recipe, config, layers)
@@ -106,7 +119,6 @@ def step_memory(
         share_from=arguments.share_prefix_from or None,
         chunk_tokens=chunk,
     )
-    mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     return simulate_step(
         make,
         batch,
