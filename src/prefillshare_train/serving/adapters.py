@@ -159,7 +159,7 @@ def stack_adapters(
     return model, rows
 
 
-def _stack(layer: LoraLayer, names: Sequence[str], rows: StackedAdapters) -> nn.Module | None:
+def _stack(layer: Any, names: Sequence[str], rows: StackedAdapters) -> nn.Module | None:
     linear = layer.get_base_layer()
     plain = type(linear) is nn.Linear and not layer.lora_variant and not layer.lora_embedding_A
     if not plain or any(layer.lora_bias.values()) or layer.merged:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-import psutil
-
 from prefillshare_train.data import Renderer
 from prefillshare_train.serving.api import (
     EngineStats,
@@ -25,26 +23,17 @@ from prefillshare_train.serving.api import (
     QueueFullError,
     ServingError,
 )
+from prefillshare_train.serving.assembly import make_storage, make_workers
 from prefillshare_train.serving.config import EngineConfig
-from prefillshare_train.serving.disaggregated import (
-    ProcessWorker,
-    divide_threads,
-    shared_storage,
-)
 from prefillshare_train.serving.intake import Intake
-from prefillshare_train.serving.kv_storage import KVGeometry, KVStorage
 from prefillshare_train.serving.models import ServedModels
 from prefillshare_train.serving.prefix_cache import PrefixCache
 from prefillshare_train.serving.sampling import pick_tokens
 from prefillshare_train.serving.scheduler import Scheduler
 from prefillshare_train.serving.sequence import Sequence, State
 from prefillshare_train.serving.sessions import SessionTable
-from prefillshare_train.serving.workers import (
-    InlineWorker,
-    PrefillReport,
-    PrefillWorker,
-    ThreadWorker,
-)
+from prefillshare_train.serving.stats import Sums, collect_stats
+from prefillshare_train.serving.workers import PrefillReport
 
 logger = logging.getLogger(__name__)
 _IDLE_S = 0.05
@@ -69,30 +58,21 @@ class Engine:
     def __init__(self, models: ServedModels, config: EngineConfig | None = None) -> None:
         self.models = models
         self.config = config or EngineConfig()
-        geometry = KVGeometry.of(models.base)
-        block_bytes = geometry.token_bytes * self.config.block_tokens
-        each = self.config.kv_bytes // block_bytes // self.config.prefill_workers
-        if each < 2:
-            raise ServingError(
-                f"kv_bytes ({self.config.kv_bytes}) holds fewer than two blocks of {block_bytes} "
-                f"bytes for each of {self.config.prefill_workers} prefill workers; raise it"
-            )
-        total = each * self.config.prefill_workers
-        self.storage = self._make_storage(geometry, total)
+        self.storage = make_storage(models, self.config)
+        each = self.storage.blocks // self.config.prefill_workers
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._pool_blocks = each
         self._intake = Intake(models, self.config, self.storage, each)
         self._set_up(range(self.config.prefill_workers))
-        self._workers = self._make_workers()
+        self._workers = make_workers(models, self.config, self.storage, self._receive)
         self._live: dict[str, Sequence] = {}
         self._lock = threading.Lock()
         self._accepting = True
         self._queued = 0
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
-        self._sums: Counter[str] = Counter()
+        self._sums = Sums()
         self._finished: Counter[str] = Counter()
-        self._prefill_seconds = self._decode_seconds = self._handover_seconds = 0.0
         self._ends: list[float] = []
 
     def _set_up(self, workers: Iterable[int]) -> None:
@@ -112,30 +92,6 @@ class Engine:
         )
         self._scheduler = Scheduler(self.config, self.storage, self._caches, self._sessions)
         self._batches: dict[int, list[tuple[Sequence, int]]] = {}
-
-    def _make_storage(self, geometry: KVGeometry, blocks: int) -> KVStorage:
-        size = self.config.block_tokens
-        if self.config.disaggregated:
-            return shared_storage(geometry, blocks, size)
-        device = self.models.base.device
-        needed, free = blocks * size * geometry.token_bytes, psutil.virtual_memory().available
-        if device.type == "cpu" and needed > free:
-            raise ServingError(
-                f"kv_bytes asks for {needed >> 20} MiB and {free >> 20} MiB of memory are free; "
-                "lower it"
-            )
-        return KVStorage(geometry, blocks, size, device=device)
-
-    def _make_workers(self) -> dict[int, PrefillWorker]:
-        count, base = self.config.prefill_workers, self.models.base
-        if self.config.disaggregated:
-            threads = divide_threads(count)
-            return {
-                number: ProcessWorker(number, base, self.storage, self._receive, threads)
-                for number in range(count)
-            }
-        kind = InlineWorker if count == 1 else ThreadWorker
-        return {number: kind(number, base, self.storage, self._receive) for number in range(count)}
 
     # -- what callers use -------------------------------------------------------------------
 
@@ -197,39 +153,15 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters and gauges of now."""
-        scheduler, caches = self._scheduler, list(self._caches.values())
-        pools = [cache.pool for cache in caches]
-        block_bytes = self.storage.block_bytes
-        return EngineStats(
+        return collect_stats(
+            self._scheduler,
+            self._sessions,
+            list(self._caches.values()),
+            self._sums,
             waiting=self._queued,
-            prefilling=len(scheduler.prefilling),
-            decoding=len(scheduler.ready) + len(scheduler.decoding),
-            sessions=len(self._sessions),
-            sessions_waiting=scheduler.sessions_waiting,
-            blocks_total=sum(pool.size for pool in pools),
-            blocks_used=sum(pool.held for pool in pools),
-            blocks_cached=sum(pool.cached for pool in pools),
-            block_tokens=self.config.block_tokens,
-            block_bytes=block_bytes,
-            peak_kv_bytes=sum(pool.peak_filled for pool in pools) * block_bytes,
-            staged_blocks=sum(cache.staged_blocks for cache in caches),
-            staged_out_bytes=sum(cache.staged_out_bytes for cache in caches),
-            staged_in_bytes=sum(cache.staged_in_bytes for cache in caches),
-            evicted_blocks=sum(pool.evicted for pool in pools),
-            prompt_tokens=self._sums["prompt"],
-            cached_tokens=self._sums["cached"],
-            prefilled_tokens=self._sums["prefilled"],
-            completion_tokens=self._sums["completion"],
-            retokenized_misses=self._sessions.retokenized,
-            prefill_seconds=self._prefill_seconds,
-            decode_seconds=self._decode_seconds,
-            decode_steps=self._sums["steps"],
-            decode_rows=self._sums["rows"],
             finished=dict(self._finished),
             workers_alive=len(self._workers),
             workers_total=self.config.prefill_workers,
-            prefill_batches=self._sums["batches"],
-            handover_seconds=self._handover_seconds,
         )
 
     # -- its thread -------------------------------------------------------------------------
@@ -366,9 +298,9 @@ class Engine:
         if report.error is not None:
             self._lose_worker(report.worker, report.error)
         else:
-            self._prefill_seconds += report.seconds
-            self._handover_seconds += report.handover_s
-            self._sums["batches"] += 1
+            self._sums.prefill_seconds += report.seconds
+            self._sums.handover_seconds += report.handover_s
+            self._sums.prefill_batches += 1
             for seq, count in batch:
                 self._scheduler.prefilled(seq, count)
         for seq, _ in batch:
@@ -395,9 +327,9 @@ class Engine:
             for seq, token, entry in zip(mine, tokens, entries, strict=True):
                 seq.own_tokens += 1
                 self._emit(seq, token, entry, now)
-        self._decode_seconds += time.perf_counter() - start
-        self._sums["steps"] += 1
-        self._sums["rows"] += len(rows)
+        self._sums.decode_seconds += time.perf_counter() - start
+        self._sums.decode_steps += 1
+        self._sums.decode_rows += len(rows)
         return True
 
     def _emit(self, seq: Sequence, token: int, entry: Any, now: float) -> None:
@@ -460,10 +392,7 @@ class Engine:
     ) -> None:
         now = time.monotonic()
         usage = seq.usage(now)
-        self._sums["prompt"] += usage.prompt_tokens
-        self._sums["cached"] += usage.cached_tokens
-        self._sums["prefilled"] += usage.prefilled_tokens
-        self._sums["completion"] += usage.completion_tokens
+        self._sums.add(usage)
         self._finished[reason] += 1
         self._ends = [*self._ends[1 - _RATE_WINDOW :], now]
         with self._lock:
