@@ -23,6 +23,7 @@ from prefillshare_train.training.checkpoints import StopOnSignal
 from prefillshare_train.training.config import CacheConditionedConfig
 from prefillshare_train.training.exact_match import ExactMatchCallback
 from prefillshare_train.training.launch import refuse_lone_process
+from prefillshare_train.training.quantized import check_quantization
 from prefillshare_train.training.recipe import LoadedRecipe, Recipe, RecipeError
 from prefillshare_train.training.trainer import CacheConditionedTrainer
 
@@ -49,6 +50,7 @@ def prepare_data(loaded: LoadedRecipe) -> PreparedData:
     recipe = loaded.recipe
     config = AutoConfig.from_pretrained(recipe.base_location, revision=recipe.base.revision)
     check_supported(config)
+    check_quantization(recipe, config)
     limit = position_limit(config)
     if limit is not None and recipe.data.max_length > limit:
         raise RecipeError(

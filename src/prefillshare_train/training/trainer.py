@@ -141,6 +141,11 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
         super().create_accelerator_and_postprocess()
         check_launch(self.accelerator)
         follow_clipping(self.accelerator, self.args.max_grad_norm)
+        if shards_parameters(self.accelerator) and getattr(self.decoder, "is_quantized", False):
+            raise LaunchError(
+                "a quantised base cannot be shared out over ranks. Launch with "
+                "recipes/accelerate/ddp.yaml, or use the plain checkpoint"
+            )
         if self.args.generate_every and shards_parameters(self.accelerator):
             raise LaunchError(
                 "training.generate_every answers with whole weights, and this run shards them. Set "
