@@ -15,6 +15,7 @@ from prefillshare_train.cli import (
     held_out,
     inspect,
     lm_eval,
+    prefill_worker,
     serve,
     train,
 )
@@ -36,6 +37,7 @@ app.command("demo")(demo.demo)
 app.command("export")(export.export)
 app.command("doctor")(doctor.doctor)
 app.command("serve")(serve.serve)
+app.command("prefill-worker")(prefill_worker.prefill_worker)
 app.command("bench")(bench.bench)
 
 

@@ -66,6 +66,21 @@ def serve(
     disaggregated: Annotated[
         bool, typer.Option(help="Run each prefill worker as a process of its own.")
     ] = False,
+    prefill_address: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="HOST:PORT of a `prefillshare prefill-worker`, in place of local ones; may be "
+            "given often."
+        ),
+    ] = None,
+    prefill_key: Annotated[
+        str,
+        typer.Option(
+            envvar="PREFILLSHARE_PREFILL_KEY",
+            show_envvar=True,
+            help="Secret shared with the workers at `--prefill-address`.",
+        ),
+    ] = "",
     mode: Annotated[
         Literal["shared", "isolated"],
         typer.Option(help="isolated: no decoder finds another's blocks (the baseline)."),
@@ -120,6 +135,8 @@ def serve(
             aging_tokens_per_s=aging_tokens_per_s,
             prefill_workers=prefill_workers,
             disaggregated=disaggregated,
+            prefill_addresses=tuple(prefill_address or ()),
+            prefill_key=prefill_key,
         )
         # After the options have been checked: these take seconds to import, and the models longer.
         import torch

@@ -13,6 +13,7 @@ from prefillshare_train.serving.disaggregated import (
 )
 from prefillshare_train.serving.kv_storage import KVGeometry, KVStorage
 from prefillshare_train.serving.models import ServedModels
+from prefillshare_train.serving.remote import Hello, RemoteWorker
 from prefillshare_train.serving.workers import InlineWorker, PrefillWorker, Report, ThreadWorker
 
 
@@ -25,13 +26,13 @@ def make_storage(models: ServedModels, config: EngineConfig) -> KVStorage:
     """
     geometry = KVGeometry.of(models.base)
     block_bytes = geometry.token_bytes * config.block_tokens
-    each = config.kv_bytes // block_bytes // config.prefill_workers
+    each = config.kv_bytes // block_bytes // config.workers
     if each < 2:
         raise ServingError(
             f"kv_bytes ({config.kv_bytes}) holds fewer than two blocks of {block_bytes} bytes for "
-            f"each of {config.prefill_workers} prefill workers; raise it"
+            f"each of {config.workers} prefill workers; raise it"
         )
-    blocks = each * config.prefill_workers
+    blocks = each * config.workers
     if config.disaggregated:
         return shared_storage(geometry, blocks, config.block_tokens)
     device = models.base.device
@@ -47,14 +48,21 @@ def make_storage(models: ServedModels, config: EngineConfig) -> KVStorage:
 def make_workers(
     models: ServedModels, config: EngineConfig, storage: KVStorage, report: Report
 ) -> dict[int, PrefillWorker]:
-    """Prefill workers by number: one in the engine's thread, several in threads, or processes.
+    """Prefill workers by number: one in the engine's thread, threads, processes, or addresses.
 
     Raises:
-        ServingError: a process does not come up.
+        ServingError: one does not come up or does not answer.
     """
-    numbers = range(config.prefill_workers)
+    numbers = range(config.workers)
+    if config.prefill_addresses:
+        hello = Hello.of(models.base_fingerprint, storage.geometry)
+        key = config.prefill_key.encode()
+        return {
+            n: RemoteWorker(n, address, key, hello, storage, report)
+            for n, address in enumerate(config.prefill_addresses)
+        }
     if config.disaggregated:
-        threads = divide_threads(config.prefill_workers)
+        threads = divide_threads(config.workers)
         return {n: ProcessWorker(n, models.base, storage, report, threads) for n in numbers}
-    kind = InlineWorker if config.prefill_workers == 1 else ThreadWorker
+    kind = InlineWorker if config.workers == 1 else ThreadWorker
     return {n: kind(n, models.base, storage, report) for n in numbers}

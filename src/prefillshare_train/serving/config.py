@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from prefillshare_train.serving.api import ServingError
@@ -31,6 +31,9 @@ class EngineConfig:
         aging_tokens_per_s: a waiting prefill overtakes those with fewer tokens to run by so many
             tokens for each second it has waited.
         prefill_workers: prefill workers, each with its own share of the pool.
+        prefill_addresses: `host:port` of workers started with `prefillshare prefill-worker`; they
+            take the place of local ones.
+        prefill_key: secret shared with them.
         disaggregated: run each prefill worker as a process of its own; the engine's process
             decodes. On CPU.
 
@@ -50,6 +53,8 @@ class EngineConfig:
     staging_bytes: int = 0
     aging_tokens_per_s: float = 500.0
     prefill_workers: int = 1
+    prefill_addresses: tuple[str, ...] = ()
+    prefill_key: str = field(default="", repr=False)
     disaggregated: bool = False
 
     def __post_init__(self) -> None:
@@ -68,6 +73,13 @@ class EngineConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ServingError(f"{name} must be {low} or more, found {getattr(self, name)}")
+        if self.prefill_addresses and (self.disaggregated or self.prefill_workers > 1):
+            raise ServingError(
+                "prefill_addresses are the prefill workers: leave prefill_workers and "
+                "disaggregated out"
+            )
+        if self.prefill_addresses and not self.prefill_key:
+            raise ServingError("prefill_addresses need prefill_key, the secret of their workers")
         if self.mode not in ("shared", "isolated"):
             raise ServingError(f"mode must be shared or isolated, found {self.mode!r}")
         if self.chunk_tokens <= self.max_decode_rows:
@@ -75,3 +87,8 @@ class EngineConfig:
                 f"chunk_tokens ({self.chunk_tokens}) must be more than max_decode_rows "
                 f"({self.max_decode_rows}), or prefill would never get a token"
             )
+
+    @property
+    def workers(self) -> int:
+        """Prefill workers, wherever they are."""
+        return len(self.prefill_addresses) or self.prefill_workers

@@ -59,11 +59,11 @@ class Engine:
         self.models = models
         self.config = config or EngineConfig()
         self.storage = make_storage(models, self.config)
-        each = self.storage.blocks // self.config.prefill_workers
+        each = self.storage.blocks // self.config.workers
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._pool_blocks = each
         self._intake = Intake(models, self.config, self.storage, each)
-        self._set_up(range(self.config.prefill_workers))
+        self._set_up(range(self.config.workers))
         self._workers = make_workers(models, self.config, self.storage, self._receive)
         self._live: dict[str, Sequence] = {}
         self._lock = threading.Lock()
@@ -77,7 +77,7 @@ class Engine:
 
     def _set_up(self, workers: Iterable[int]) -> None:
         """Empty pools for the workers, no session, nothing scheduled."""
-        each, count = self._pool_blocks, self.config.prefill_workers
+        each, count = self._pool_blocks, self.config.workers
         self._caches = {
             number: PrefixCache(
                 self.storage,
@@ -161,7 +161,7 @@ class Engine:
             waiting=self._queued,
             finished=dict(self._finished),
             workers_alive=len(self._workers),
-            workers_total=self.config.prefill_workers,
+            workers_total=self.config.workers,
         )
 
     # -- its thread -------------------------------------------------------------------------

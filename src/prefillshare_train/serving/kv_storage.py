@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,6 +52,7 @@ class KVStorage:
 
     Attributes:
         keys, values: one view of shape (slots, H_kv, D) for each layer.
+        versions: how often a block was changed by a copy, for those who mirror it elsewhere.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class KVStorage:
             else memory
         )
         flat = self.memory.flatten(2, 3)
+        self.versions: Counter[int] = Counter()
         self.keys = [flat[layer, 0] for layer in range(geometry.layers)]
         self.values = [flat[layer, 1] for layer in range(geometry.layers)]
 
@@ -107,6 +110,7 @@ class KVStorage:
     def copy_tokens(self, source: int, target: int, count: int) -> None:
         """Copy a block's first tokens into another block."""
         self.memory[:, :, target, :count] = self.memory[:, :, source, :count]
+        self.versions[target] += 1
 
     def take_out(self, block: int) -> Tensor:
         """A copy of a block in host memory, (layers, 2, block_tokens, H_kv, D)."""
@@ -115,3 +119,4 @@ class KVStorage:
     def put_back(self, block: int, content: Tensor) -> None:
         """Fill a block with what `take_out` gave."""
         self.memory[:, :, block] = content.to(self.device)
+        self.versions[block] += 1
