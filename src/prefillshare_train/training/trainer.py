@@ -7,14 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput
 
 from prefillshare_train.core.attention import JOB_KEYWORD, AttentionJob
 from prefillshare_train.core.boundary import BoundaryRule
@@ -24,7 +21,6 @@ from prefillshare_train.core.modules import (
     attach_loss_head,
     causal_lm_of,
     check_positions,
-    evaluating,
     use_prefillshare_attention,
 )
 from prefillshare_train.core.packing import BatchLayout, Method, pack
@@ -34,7 +30,7 @@ from prefillshare_train.training.base_weights import shard_base
 from prefillshare_train.training.checkpoints import AtomicCheckpoints
 from prefillshare_train.training.config import CacheConditionedConfig
 from prefillshare_train.training.estimate import prefill_chunk_tokens
-from prefillshare_train.training.evaluation_batches import COUNTED, EvaluationBatches
+from prefillshare_train.training.evaluation_loop import TokenWeightedEvaluation
 from prefillshare_train.training.launch import (
     LaunchError,
     allow_sharding_on_cpu,
@@ -63,7 +59,7 @@ def _method(name: str) -> Method:
     return "full_prompt" if name == "full_prompt" else "prefillshare"
 
 
-class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
+class CacheConditionedTrainer(AtomicCheckpoints, TokenWeightedEvaluation, Trainer):
     """Trains a decoder on response tokens only, conditioned on the base's prompt cache.
 
     Args:
@@ -83,7 +79,6 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
     """
 
     args: CacheConditionedConfig
-    _base_placed = False
 
     def __init__(
         self,
@@ -281,66 +276,6 @@ class CacheConditionedTrainer(AtomicCheckpoints, Trainer):
         if "loss" in logs:
             logs = {**logs, **self.meter.drain()}
         super().log(logs, start_time)
-
-    # -- evaluation -------------------------------------------------------------------------------
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """This rank's share of the evaluation rows; see `EvaluationBatches`."""
-        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(rows, str):
-            named: Any = self.eval_dataset
-            rows = named[rows]
-        if rows is None:
-            raise ValueError("evaluation needs an eval_dataset")
-        batches = EvaluationBatches(
-            rows,
-            self.args.eval_batch_size,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self._collator(),
-        )
-        return DataLoader(batches, batch_size=None)
-
-    def _evaluated_model(self) -> nn.Module:
-        if self.is_in_train or (self._base_placed and shards_parameters(self.accelerator)):
-            return self.model_wrapped
-        if shards_parameters(self.accelerator):
-            raise LaunchError("sharded weights can be evaluated once training has placed them")
-        return self.accelerator.prepare_model(self.model, evaluation_mode=True)
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Loss, token accuracy and perplexity over target tokens, whatever the batch split."""
-        model = self._evaluated_model()
-        totals = torch.zeros(4, dtype=torch.float64, device=self.args.device)
-        with evaluating(model), torch.no_grad():
-            for inputs in dataloader:
-                inputs = self._prepare_inputs(inputs)
-                with self.compute_loss_context_manager():
-                    sums = self.loss_sums(model, inputs, count_correct=True)
-                if inputs.get(COUNTED, True):
-                    totals[0] += sums["nll"]
-                    totals[1] += sums["correct"]
-                    totals[2] += inputs["labels"].numel()
-                    layout: Any = inputs["layout"]
-                    totals[3] += layout.conversations
-                self.control = self.callback_handler.on_prediction_step(
-                    self.args, self.state, self.control
-                )
-        nll, correct, tokens, examples = self.accelerator.reduce(totals, "sum").tolist()
-        loss = nll / tokens
-        metrics = {
-            f"{metric_key_prefix}_loss": loss,
-            f"{metric_key_prefix}_perplexity": float(torch.tensor(loss).exp()),
-            f"{metric_key_prefix}_token_accuracy": correct / tokens,
-        }
-        return EvalLoopOutput(np.empty(0), None, metrics, int(examples))
 
     # -- checkpoints ------------------------------------------------------------------------------
 
