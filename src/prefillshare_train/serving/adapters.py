@@ -129,10 +129,10 @@ class _StackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, tokens, in) -> (rows, tokens, out)."""
-        low = F.linear(x.to(self.a.dtype), self.a)
+        low = F.linear(x, self.a)
         low = low * self._rows.mask(self._owners, low)
         output: Tensor = self.linear(x)
-        return output + F.linear(low, self.b).to(output.dtype)
+        return output + F.linear(low, self.b)
 
 
 def stack_adapters(
@@ -167,8 +167,11 @@ def _stack(layer: Any, names: Sequence[str], rows: StackedAdapters) -> nn.Module
     held = [(number, name) for number, name in enumerate(names) if name in layer.lora_A]
     if not held:
         return linear
-    a = [layer.lora_A[name].weight.detach() for _, name in held]
-    b = [layer.lora_B[name].weight.detach() * layer.scaling[name] for _, name in held]
+    # PEFT keeps adapters of a bfloat16 base in float32 for training; a decoding step that reads
+    # them so would take half as many bytes again as the base's own weights.
+    dtype = linear.weight.dtype
+    a = [layer.lora_A[name].weight.detach().to(dtype) for _, name in held]
+    b = [(layer.lora_B[name].weight.detach() * layer.scaling[name]).to(dtype) for _, name in held]
     owners = tuple(
         number for (number, _), part in zip(held, a, strict=True) for _ in range(len(part))
     )
