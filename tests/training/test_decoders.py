@@ -187,6 +187,18 @@ def test_mistakes_are_told_when_the_recipe_is_read(
     assert message in str(error.value)
 
 
+def test_a_dry_run_checks_each_decoder(recipe: Path) -> None:
+    result = CliRunner().invoke(app, ["train", str(recipe), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("dry run ok") == len(OWN)
+    values = yaml.safe_load(recipe.read_text())
+    values["decoders"]["other-rows"]["data"]["train"]["source"] = "missing.jsonl"
+    recipe.write_text(yaml.safe_dump(values))
+    result = CliRunner().invoke(app, ["train", str(recipe), "--dry-run"])
+    assert result.exit_code == 2
+    assert "missing.jsonl" in result.output
+
+
 def test_a_baseline_without_a_prefill_is_refused(recipe: Path) -> None:
     with pytest.raises(RecipeError, match="full_prompt has none"):
         train_decoders(load_recipe([recipe], ["method=full_prompt"]))

@@ -19,12 +19,12 @@ def estimate(
     """Memory of each parallel configuration and time of an epoch, without touching weights."""
     from prefillshare_train.cli.errors import user_errors
     from prefillshare_train.training.dry_run import estimate_lines
-    from prefillshare_train.training.recipe import load_recipe
+    from prefillshare_train.training.recipe import decoder_recipes, load_recipe
     from prefillshare_train.training.run import prepare_data
 
     files = [item for item in recipe if "=" not in item]
     with user_errors():
         loaded = load_recipe(files, [item for item in recipe if "=" in item])
-        rows = prepare_data(loaded).train
-        for line in estimate_lines(loaded, rows, gpus):
-            typer.echo(line)
+        for name, one in (decoder_recipes(loaded) or {"": loaded}).items():
+            lines = estimate_lines(one, prepare_data(one).train, gpus)
+            typer.echo("\n".join([f"== {name}", *lines] if name else lines))

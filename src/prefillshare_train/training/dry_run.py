@@ -15,7 +15,7 @@ from prefillshare_train.training.estimate import (
     step_memory,
     training_flops,
 )
-from prefillshare_train.training.recipe import LoadedRecipe, RecipeError
+from prefillshare_train.training.recipe import LoadedRecipe, RecipeError, decoder_recipes
 from prefillshare_train.training.run import prepare_data
 from prefillshare_train.training.step_memory import StepMemory
 
@@ -25,6 +25,8 @@ _UTILISATION = 0.4  # of the peak; what well-tuned training reaches on GPUs
 def dry_run_report(loaded: LoadedRecipe, ranks: int | None = None) -> str:
     """Check a recipe to its end short of weights, and say what it would train on and need.
 
+    Of a recipe with `decoders`, each is reported as a run of its own.
+
     Args:
         ranks: GPUs of the parallel configurations; None for one GPU alone.
 
@@ -32,6 +34,13 @@ def dry_run_report(loaded: LoadedRecipe, ranks: int | None = None) -> str:
         RecipeError, DataError, UnsupportedModelError: what the run itself would raise.
     """
     recipe = loaded.recipe
+    if recipe.decoders:
+        reports = [
+            f"== {name}\n{dry_run_report(one, ranks)}"
+            for name, one in decoder_recipes(loaded).items()
+        ]
+        note = "trained together, LoRA decoders hold the base once and all read one prefill"
+        return "\n\n".join([*reports, note])
     data = prepare_data(loaded)
     lines = [
         str(data.report),
