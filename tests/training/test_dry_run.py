@@ -111,6 +111,24 @@ def test_the_simulation_sees_what_saves_memory() -> None:
     assert fused.activations < baseline.activations
 
 
+def test_autocasts_copies_of_weights_are_counted_where_they_are_made() -> None:
+    recipe = recipe_with({"bf16": True})
+    rows = [Conversation(tuple(range(30)), (Turn(20, 30),))]
+    alone, sharded = (
+        step_memory(
+            recipe,
+            recipe.training_arguments(),
+            tiny.config(),
+            rows,
+            accelerator=True,
+            parallel=name,
+        )
+        for name in ("ddp", "fsdp2")
+    )
+    matrices = sum(p.numel() for p in tiny.model().model.layers.parameters() if p.dim() > 1)
+    assert alone.activations - sharded.activations > 1.5 * matrices, "two bytes a weight"
+
+
 def test_deeper_models_are_a_straight_line() -> None:
     deep = tiny.config()
     recipe, rows = recipe_with(), [Conversation(tuple(range(90)), (Turn(60, 90),))]

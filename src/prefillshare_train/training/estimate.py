@@ -90,11 +90,12 @@ def step_memory(
 ) -> StepMemory:
     """Simulate one micro-batch; see `simulate_step`.
 
-    Where weights are sharded, or DeepSpeed runs, mixed precision means weights that already are in
-    half precision, and not autocast's copies of them beside the float32 ones.
+    Where a full decoder's weights are sharded, or DeepSpeed runs, mixed precision means weights
+    that are in half precision already, and not autocast's copies of them beside the float32 ones.
     """
     mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    if mixed is not None and parallel not in ("one_gpu", "ddp"):
+    full = recipe.decoder.adapter == "none"
+    if mixed is not None and full and parallel not in ("one_gpu", "ddp"):
         half: Any = str(mixed).removeprefix("torch.")
         recipe = dataclasses.replace(
             recipe, decoder=dataclasses.replace(recipe.decoder, dtype=half)
