@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PYTHON := $(BIN)/python
 PIP ?= $(PYTHON) -m pip
 CONSTRAINTS ?= constraints/cpu.txt
-EXTRAS ?= dev,gguf,bench,eval,serve,tensorboard,wandb,trackio
+EXTRAS ?= dev,gguf,bench,eval,serve,deepspeed,tensorboard,wandb,trackio
 PYTEST_ARGS ?=
 
 MODEL := .cache/models/smollm2-135m-instruct
