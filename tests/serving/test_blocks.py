@@ -160,10 +160,22 @@ def test_waiting_for_a_prefix_that_is_being_prefilled() -> None:
     coming = InFlight(4)
     coming.add("a", ROOT, [1, 2, 3, 4, 5, 6])
     second = block_key(ROOT, [1, 2, 3, 4])
-    assert coming.worth_waiting(ROOT, [1, 2, 3, 4, 9])
-    assert coming.worth_waiting(ROOT, [1, 2])
-    assert coming.worth_waiting(second, [5, 6, 7])
-    assert not coming.worth_waiting(ROOT, [1, 9, 9, 9])
-    assert not coming.worth_waiting(second, [9])
+    assert coming.worth_waiting(ROOT, [1, 2, 3, 4, 9], 0)
+    assert coming.worth_waiting(ROOT, [1, 2], 0)
+    assert coming.worth_waiting(second, [5, 6, 7], 0)
+    assert not coming.worth_waiting(ROOT, [1, 9, 9, 9], 0)
+    assert not coming.worth_waiting(second, [9], 0)
+    # What is in place already is not waited for.
+    assert not coming.worth_waiting(ROOT, [1, 2, 9, 9], 2)
+    assert not coming.worth_waiting(ROOT, [1, 2, 3, 9], 2)
+    assert coming.worth_waiting(ROOT, [1, 2, 3], 2)
     coming.remove("a")
-    assert not coming.worth_waiting(ROOT, [1, 2, 3, 4])
+    assert not coming.worth_waiting(ROOT, [1, 2, 3, 4], 0)
+
+
+def test_blocks_that_may_be_read_unwritten_hold_zeros() -> None:
+    cache = cache_of(4)
+    cache.storage.memory.fill_(float("nan"))
+    blocks, private = cache.acquire(cache.match(ROOT, [1] * 6), 6, 1)
+    for block in (blocks[-1], *private):
+        assert torch.isfinite(cache.storage.memory[:, :, block]).all()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Client
 
 import pytest
 from tests.serving.served import DECODERS, Collector, Oracle, engine_of, request
 
 from prefillshare_train.serving.api import ServingError
+from prefillshare_train.serving.kv_storage import KVGeometry, KVStorage
 from prefillshare_train.serving.models import ServedModels
-from prefillshare_train.serving.remote import PrefillServer, RemoteWorker, parse_address
+from prefillshare_train.serving.remote import Hello, PrefillServer, RemoteWorker, parse_address
 
 KEY = "a secret"
 
@@ -91,3 +94,39 @@ def test_faults_of_the_configuration_are_told(models: ServedModels) -> None:
         engine_of(models, prefill_addresses=("127.0.0.1:1",), prefill_key=KEY, disaggregated=True)
     with pytest.raises(ServingError, match=r"no prefill worker answers at 127\.0\.0\.1:1"):
         engine_of(models, prefill_addresses=("127.0.0.1:1",), prefill_key=KEY)
+
+
+def test_whatever_strangers_say_the_worker_stays(models: ServedModels) -> None:
+    with worker(models) as server:
+        silent = socket.create_connection(server.address)
+        with socket.create_connection(server.address) as rude:
+            rude.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        key = KEY.encode()
+        with Client(server.address, authkey=key) as odd:
+            odd.send_bytes(b"not json")
+        options = {"prefill_addresses": (address(server),), "prefill_key": KEY}
+        with engine_of(models, **options) as engine:
+            assert engine.generate(request("math", range(10, 20), 2)).token_ids
+            with pytest.raises(ServingError, match="serves another engine"):
+                engine_of(models, **options)
+        silent.close()
+        with engine_of(models, **options) as engine:
+            assert engine.generate(request("math", range(10, 20), 2)).token_ids
+        hello = Hello.of(models.base_fingerprint, KVGeometry.of(models.base))
+        storage = KVStorage(KVGeometry.of(models.base), 4, 4)
+        storage.blocks = 1 << 40
+        with pytest.raises(ServingError, match="cannot hold the engine's K/V"):
+            RemoteWorker(0, address(server), key, hello, storage, print)
+
+
+def test_an_answer_that_makes_no_sense_loses_the_worker_and_hangs_nobody(
+    models: ServedModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        PrefillServer, "_run", lambda self, connection, *_: connection.send_bytes(b'{"shapes": []}')
+    )
+    with worker(models) as server:
+        options = {"prefill_addresses": (address(server),), "prefill_key": KEY}
+        with engine_of(models, **options) as engine:
+            answer = engine.generate(request("math", range(10, 20), 2))
+            assert (answer.finish_reason, answer.error) == ("error", "no prefill worker is left")

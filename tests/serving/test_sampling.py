@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
 from tests.data.helpers import tiny_tokenizer
 from tests.serving.served import Oracle, engine_of, request, run
+from tokenizers import Tokenizer, decoders
+from tokenizers import models as models_of
+from transformers import PreTrainedTokenizerFast
 
 from prefillshare_train.serving.api import SamplingParams, ServingError
 from prefillshare_train.serving.detokenizer import Detokenizer
 from prefillshare_train.serving.models import ServedModels
-from prefillshare_train.serving.sampling import TokenPicker, pick_tokens
+from prefillshare_train.serving.sampling import TokenPicker, pick_token
 
 PROMPT = tuple(range(20, 50))
 
@@ -52,18 +56,11 @@ def test_a_repetition_penalty_sees_prompt_and_response() -> None:
     assert picker.pick(logits, (0, 1)) == 2
 
 
-def test_a_greedy_row_beside_a_drawn_one_stays_greedy() -> None:
-    logits = torch.tensor([[0.0, 0.1], [0.0, 0.1]])
-    device = torch.device("cpu")
-    greedy = TokenPicker(SamplingParams(), device)
-    seen = set()
-    for seed in range(40):
-        drawn = TokenPicker(SamplingParams(temperature=1.0, seed=seed), device)
-        tokens, entries = pick_tokens(logits, [greedy, drawn], [(), ()])
-        assert tokens[0] == 1
-        assert entries == [None, None]
-        seen.add(tokens[1])
-    assert seen == {0, 1}
+def test_a_temperature_too_small_to_divide_by_is_greedy() -> None:
+    picker = TokenPicker(SamplingParams(temperature=1e-39), torch.device("cpu"))
+    assert picker.pick(torch.tensor([0.0, 3.0, 1.0]), ()) == 1
+    whole = TokenPicker(SamplingParams(temperature=2, top_p=1, min_p=1), torch.device("cpu"))
+    assert whole.pick(torch.tensor([0.0, 3.0, 1.0]), ()) == 1
 
 
 def test_a_seed_decides_whatever_shares_the_batch(models: ServedModels) -> None:
@@ -88,12 +85,14 @@ def test_logprobs_are_those_of_the_raw_logits(models: ServedModels) -> None:
         assert [value for _, value in entry.top] == sorted((v for _, v in entry.top), reverse=True)
         assert len(entry.top) == 3
     logits = torch.randn(50)
-    _, entries = pick_tokens(
-        logits[None], [TokenPicker(SamplingParams(logprobs=0), torch.device("cpu"))], [()]
-    )
-    assert entries[0] is not None
-    assert entries[0].logprob == pytest.approx(float(logits.log_softmax(-1).max()))
-    assert entries[0].top == ()
+    device = torch.device("cpu")
+    best = int(logits.argmax())
+    token, entry = pick_token(logits, best, TokenPicker(SamplingParams(logprobs=0), device), tuple)
+    assert token == best
+    assert entry is not None
+    assert entry.logprob == pytest.approx(float(logits.log_softmax(-1).max()))
+    assert entry.top == ()
+    assert pick_token(logits, best, TokenPicker(SamplingParams(), device), tuple) == (best, None)
 
 
 def test_stop_strings_end_a_response_before_themselves(
@@ -168,3 +167,35 @@ def test_what_may_become_a_stop_string_is_held_back() -> None:
     pieces = [stream.push(i) for i in tokenizer("END", add_special_tokens=False)["input_ids"]]
     assert pieces == ["", "", ""]
     assert stream.stopped_by == "END"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte tokens and a fallback decoder, as Llama 2, Mistral, Gemma and Phi-3 have."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"\u2581b": 256, "c": 257}
+    backend = Tokenizer(models_of.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_bytes_that_are_no_text_do_not_end_a_response() -> None:
+    chosen = random.Random(0)
+    for _ in range(300):
+        stream = Detokenizer(byte_tokenizer_once, ())
+        ids = [chosen.choice([0xCE, 0xB2, 0xBF, 0xF0, 256, 257]) for _ in range(12)]
+        text = "".join(stream.push(i) for i in [*ids, 257]) + stream.finish()
+        assert text.endswith("c")
+        assert text.count("c") == ids.count(257) + 1
+
+
+def test_a_cut_off_character_after_byte_tokens_is_marked_once() -> None:
+    stream = Detokenizer(byte_tokenizer_once, ())
+    whole = [stream.push(byte) for byte in "\u6f22".encode()]
+    assert "".join(whole) == "\u6f22"
+    rest = "".join(stream.push(byte) for byte in "\U0001f389".encode()[:2]) + stream.finish()
+    assert set(rest) == {"\ufffd"}
+    assert len(rest) <= 2
+
+
+byte_tokenizer_once = byte_tokenizer()

@@ -24,16 +24,20 @@ class Detokenizer:
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)
         self._held = ""
-        self._ids: list[int] = []
-        self._emitted = 0
+        self._pending: list[int] = []
         self.stopped_by: str | None = None
 
     def push(self, token: int) -> str:
         """Add a token; the text that is certain now. Sets `stopped_by` at a stop string."""
-        self._ids.append(token)
-        new = self._stream.step(self._backend, token) or ""
-        self._emitted += len(new)
-        self._held += new
+        self._pending.append(token)
+        try:
+            new = self._stream.step(self._backend, token)
+        except Exception:  # bytes that are no UTF-8, for tokenizers with byte tokens
+            new = self._decode_pending()
+            self._stream = DecodeStream(skip_special_tokens=True)
+        if new:
+            self._pending = []
+        self._held += new or ""
         found = [(at, s) for s in self._stop if (at := self._held.find(s)) >= 0]
         if found:
             at, self.stopped_by = min(found)
@@ -46,8 +50,13 @@ class Detokenizer:
 
     def finish(self) -> str:
         """What was held back, once no token follows; an unfinished character becomes U+FFFD."""
-        whole = self._backend.decode(self._ids, skip_special_tokens=True)
-        text, self._held = self._held + whole[self._emitted :], ""
+        text, self._held = self._held + self._decode_pending(), ""
+        return text
+
+    def _decode_pending(self) -> str:
+        """Text of the tokens since text last came."""
+        text: str = self._backend.decode(self._pending, skip_special_tokens=True)
+        self._pending = []
         return text
 
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import multiprocessing.connection
 import os
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -137,7 +138,7 @@ class ProcessWorker:
             except (EOFError, OSError):
                 self.process.join(1)
                 reason = f"its process ended with exit code {self.process.exitcode}"
-                self._report(PrefillReport(self._number, 0.0, reason))
+                self._report(PrefillReport(self._number, 0.0, reason, lost=True))
                 return
             if answer is None:
                 return
@@ -156,13 +157,15 @@ def _serve(
     threads: int,
 ) -> None:
     """Run batches until told to end, or until the engine is gone."""
+    # Ctrl-C reaches the whole group; the engine drains first and then ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     storage = KVStorage(geometry, memory.shape[2], block_tokens, memory=memory)
     connection.send_bytes(b"ready")
     while True:
         try:
             batch = json.loads(connection.recv_bytes())
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         if batch is None:
             connection.send_bytes(b"null")

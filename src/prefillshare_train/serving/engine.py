@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
@@ -25,19 +26,21 @@ from prefillshare_train.serving.api import (
 )
 from prefillshare_train.serving.assembly import make_storage, make_workers
 from prefillshare_train.serving.config import EngineConfig
-from prefillshare_train.serving.intake import Intake
+from prefillshare_train.serving.intake import Intake, session_name
 from prefillshare_train.serving.models import ServedModels
 from prefillshare_train.serving.prefix_cache import PrefixCache
-from prefillshare_train.serving.sampling import pick_tokens
+from prefillshare_train.serving.sampling import pick_token
 from prefillshare_train.serving.scheduler import Scheduler
 from prefillshare_train.serving.sequence import Sequence, State
 from prefillshare_train.serving.sessions import SessionTable
 from prefillshare_train.serving.stats import Sums, collect_stats
-from prefillshare_train.serving.workers import PrefillReport
+from prefillshare_train.serving.workers import PrefillReport, PrefillWorker
 
 logger = logging.getLogger(__name__)
 _IDLE_S = 0.05
 _RATE_WINDOW = 64
+_STOP_S = 30.0
+_NO_WORKER = "no prefill worker is left"
 
 
 class Engine:
@@ -65,6 +68,7 @@ class Engine:
         self._intake = Intake(models, self.config, self.storage, each)
         self._set_up(range(self.config.workers))
         self._workers = make_workers(models, self.config, self.storage, self._receive)
+        self._lost_workers: list[PrefillWorker] = []
         self._live: dict[str, Sequence] = {}
         self._lock = threading.Lock()
         self._accepting = True
@@ -128,7 +132,8 @@ class Engine:
                 raise QueueFullError(self._queued, self._retry_after())
             self._queued += 1
             self._live[request.request_id] = seq
-        self._inbox.put(lambda: self._scheduler.waiting.append(seq))
+            # Under the lock, so that no cancel of this request can come before it.
+            self._inbox.put(lambda: self._enqueue(seq))
 
     def cancel(self, request_id: str) -> None:
         """End a request within one step and free its blocks; unknown ones are ignored."""
@@ -136,7 +141,11 @@ class Engine:
 
     def end_session(self, session: str) -> None:
         """Give up a session's reservation; unknown ones are ignored."""
-        self._inbox.put(lambda: self._sessions.end(session))
+        names = [session]
+        if self.config.mode == "isolated":
+            names = [f"{session_name(session, decoder)}" for decoder in self.decoders]
+        for name in names:
+            self._inbox.put(functools.partial(self._sessions.end, name))
 
     def generate(self, request: GenerationRequest) -> Generation:
         """Submit a request and wait for the whole response; the engine must have been started.
@@ -188,13 +197,16 @@ class Engine:
         for request_id in live:
             self.cancel(request_id)
         self._stopping.set()
-        if self._thread is not None:
-            self._thread.join()
-        else:
+        if self._thread is None:
             while self._live:
                 self.step()
-        for worker in self._workers.values():
+        else:
+            self._thread.join(_STOP_S)
+        # A worker that does not answer would keep its batch, and the thread with it, for ever.
+        for worker in (*self._workers.values(), *self._lost_workers):
             worker.close()
+        if self._thread is not None:
+            self._thread.join()
 
     def __enter__(self) -> Engine:
         self.start()
@@ -232,13 +244,19 @@ class Engine:
         # Workers may still write into blocks that are about to be given away.
         self._batches = {number: [] for number in self._batches}
         while self._batches:
-            self._wait()
+            try:
+                self._wait()
+            except Exception:  # the old books are wrong; what matters here is the reports
+                logger.exception("a command failed while the engine started over")
+        for cache in self._caches.values():
+            self._sums.keep(cache)
         waiting = [seq for seq in self._scheduler.waiting if seq not in lost]
         self._set_up(list(self._workers))
         self._scheduler.waiting = waiting
         for seq in lost:
-            seq.state = State.ENDED
-            self._report_end(seq, "error", error="the engine failed in a step; see its log")
+            if seq.state is not State.ENDED:
+                seq.state = State.ENDED
+                self._report_end(seq, "error", error="the engine failed in a step; see its log")
 
     # -- one step ---------------------------------------------------------------------------
 
@@ -250,7 +268,7 @@ class Engine:
         """
         self._take_in()
         now = time.monotonic()
-        self._sessions.expire(now)
+        self._sessions.expire(now, {seq.session for seq in self._scheduler.waiting})
         self._scheduler.admit(now)
         self._count_waiting()
         decoded = self._decode()
@@ -286,8 +304,8 @@ class Engine:
             started = True
             try:
                 worker.start(pieces)
-            except OSError as error:  # a process that is gone
-                self._receive(PrefillReport(number, 0.0, str(error)))
+            except OSError as error:  # a process or an address that is gone
+                self._receive(PrefillReport(number, 0.0, str(error), lost=True))
         return started
 
     def _receive(self, report: PrefillReport) -> None:
@@ -295,8 +313,12 @@ class Engine:
 
     def _prefilled(self, report: PrefillReport) -> None:
         batch = self._batches.pop(report.worker, [])
-        if report.error is not None:
-            self._lose_worker(report.worker, report.error)
+        if report.lost:
+            self._lose_worker(report.worker, report.error or "it is gone")
+        elif report.error is not None:
+            # Not the worker's fault: on another the same prompts would fail again.
+            for seq, _ in batch:
+                self._finish(seq, "error", error=f"the prefill failed: {report.error}")
         else:
             self._sums.prefill_seconds += report.seconds
             self._sums.handover_seconds += report.handover_s
@@ -321,12 +343,17 @@ class Engine:
         for lane in dict.fromkeys(seq.decoder.lane for seq in rows):
             mine = [seq for seq in rows if seq.decoder.lane is lane]
             logits = lane.step(self.storage, [seq.decode_row() for seq in mine])
-            histories = [(*seq.request.prompt_ids, *seq.response) for seq in mine]
-            tokens, entries = pick_tokens(logits, [seq.picker for seq in mine], histories)
+            most_likely = logits.argmax(dim=-1).tolist()
             now = time.monotonic()
-            for seq, token, entry in zip(mine, tokens, entries, strict=True):
-                seq.own_tokens += 1
-                self._emit(seq, token, entry, now)
+            for row, seq in enumerate(mine):
+                try:
+                    history = functools.partial(_history, seq)
+                    token, entry = pick_token(logits[row], most_likely[row], seq.picker, history)
+                    seq.own_tokens += 1
+                    self._emit(seq, token, entry, now)
+                except Exception as error:  # one row's fault is not the others'
+                    logger.exception("%s failed", seq.request.request_id)
+                    self._finish(seq, "error", error=f"{type(error).__name__}: {error}")
         self._sums.decode_seconds += time.perf_counter() - start
         self._sums.decode_steps += 1
         self._sums.decode_rows += len(rows)
@@ -358,6 +385,11 @@ class Engine:
             self._finish(seq, reason, event=event, stop_reason=stop)
 
     # -- ends -------------------------------------------------------------------------------
+
+    def _enqueue(self, seq: Sequence) -> None:
+        self._scheduler.waiting.append(seq)
+        if not self._workers:
+            self._finish(seq, "error", error=_NO_WORKER)
 
     def _cancel(self, request_id: str) -> None:
         seq = self._live.get(request_id)
@@ -414,9 +446,10 @@ class Engine:
         if number not in self._workers:
             return
         logger.error("prefill worker %d is lost: %s", number, error)
-        del self._workers[number]
+        self._lost_workers.append(self._workers.pop(number))
         self._sessions.drop_worker(number)
         cache = self._caches.pop(number)
+        self._sums.keep(cache)
         cache.drop_all()
         # Responses that decode go on: what the worker had finished is in memory that we hold.
         for seq in [s for s in self._scheduler.prefilling if s.worker == number]:
@@ -425,7 +458,7 @@ class Engine:
             with self._lock:
                 self._accepting = False
             for seq in list(self._scheduler.waiting):
-                self._finish(seq, "error", error="no prefill worker is left")
+                self._finish(seq, "error", error=_NO_WORKER)
 
     def _release_pinned(self, worker: int, blocks: Any) -> None:
         cache = self._caches.get(worker)
@@ -438,3 +471,7 @@ class Engine:
             return 1.0
         span = self._ends[-1] - self._ends[0]
         return min(60.0, max(1.0, span / (len(self._ends) - 1)))
+
+
+def _history(seq: Sequence) -> tuple[int, ...]:
+    return (*seq.request.prompt_ids, *seq.response)

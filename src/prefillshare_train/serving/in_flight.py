@@ -33,13 +33,18 @@ class InFlight:
             else:
                 self._coming.pop(parent, None)
 
-    def worth_waiting(self, parent: Key, rest: Sequence[int]) -> bool:
+    def worth_waiting(self, parent: Key, rest: Sequence[int], kept: int) -> bool:
         """Whether what a prompt lacks after `parent` is coming, or half a block of it at least.
 
         A few tokens in common (a template's first words) are run sooner than waited for.
+
+        Args:
+            rest: the prompt's tokens after `parent`.
+            kept: how many of them are in place already.
         """
         wanted = rest[: self._block_tokens]
-        enough = min(len(wanted), max(1, self._block_tokens // 2))
+        enough = min(len(wanted) - kept, max(1, self._block_tokens // 2))
         return any(
-            common_prefix(block, wanted) >= enough for _, block in self._coming.get(parent, ())
+            common_prefix(block, wanted) - kept >= max(1, enough)
+            for _, block in self._coming.get(parent, ())
         )

@@ -56,6 +56,11 @@ class Intake:
             base_tokens = decoder.rule.base_length(count, request.header_length)
         except ValueError as error:
             raise ServingError(f"decoder {request.decoder}: {error}") from error
+        if base_tokens < 0:
+            raise ServingError(
+                f"header_length {request.header_length} is more than the prompt's {count} tokens"
+            )
+        isolated = self._config.mode == "isolated"
         seq = Sequence(
             request,
             decoder,
@@ -64,11 +69,12 @@ class Intake:
                 models.base_fingerprint,
                 str(self._storage.geometry.dtype),
                 request.cache_salt,
-                request.decoder if self._config.mode == "isolated" else None,
+                request.decoder if isolated else None,
             ),
             sink,
             TokenPicker(request.sampling, self._storage.device),
             Detokenizer(models.renderer.tokenizer, request.sampling.stop),
+            session_name(request.session, request.decoder) if isolated else request.session,
         )
         self._check_size(seq)
         return seq
@@ -89,3 +95,8 @@ class Intake:
                 f"{what} take {needed} blocks; a prefill worker's pool has {self._pool_blocks}. "
                 "Shorten one of them, or raise kv_bytes"
             )
+
+
+def session_name(session: str | None, decoder: str) -> str | None:
+    """An isolated decoder's part of a session, which keeps blocks of its own."""
+    return None if session is None else f"{decoder}/{session}"

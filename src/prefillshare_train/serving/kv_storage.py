@@ -107,6 +107,11 @@ class KVStorage:
         keys, values = self.keys[layer][slots], self.values[layer][slots]
         return keys.transpose(0, 1), values.transpose(0, 1)
 
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Fill blocks with zeros."""
+        if blocks:
+            self.memory.index_fill_(2, torch.tensor(list(blocks), device=self.device), 0)
+
     def copy_tokens(self, source: int, target: int, count: int) -> None:
         """Copy a block's first tokens into another block."""
         self.memory[:, :, target, :count] = self.memory[:, :, source, :count]

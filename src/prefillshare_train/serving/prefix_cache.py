@@ -72,6 +72,10 @@ class Match:
     parent: Key
     tokens: int
 
+    def without_tail(self) -> Match:
+        """The whole blocks alone."""
+        return Match(self.full, None, 0, self.parent, self.tokens - self.tail_tokens)
+
 
 @dataclass
 class PrefixCache:
@@ -130,21 +134,24 @@ class PrefixCache:
                     best, longest = entry, shared
         return best, longest
 
-    def missing_blocks(self, match: Match, tokens: int) -> tuple[int, int]:
-        """What holding a prompt takes.
+    def missing_blocks(self, match: Match, tokens: int) -> int:
+        """What holding a prompt takes out of `pool.available`.
 
         Args:
             tokens: prompt tokens that the base supplies.
 
         Returns:
-            Blocks to be allocated, and unreferenced blocks that would become held besides.
+            Blocks to be allocated, and unreferenced ones that would become held: shared ones for
+            as long as the prompt is, and the one that a tail is copied from meanwhile.
         """
         size = self.storage.block_tokens
         shared = [e for e in match.full if e.block is not None]
-        if self._is_whole_tail(match, tokens) and match.tail and match.tail.block is not None:
-            shared.append(match.tail)
-        held_anew = sum(not self.pool.is_held(e.block) for e in shared if e.block is not None)
-        return -(-tokens // size) - len(shared), held_anew
+        new = -(-tokens // size) - len(shared)
+        touched = list(shared)
+        if match.tail is not None and match.tail.block is not None:
+            touched.append(match.tail)
+            new -= self._is_whole_tail(match, tokens)
+        return new + sum(not self.pool.is_held(e.block) for e in touched if e.block is not None)
 
     @staticmethod
     def _is_whole_tail(match: Match, tokens: int) -> bool:
@@ -183,16 +190,19 @@ class PrefixCache:
             self.pool.release(guarded)
             raise
         private, fresh = fresh[:extra], fresh[extra:]
+        # A masked value still meets a weight of zero, and zero times NaN is NaN: what may be read
+        # before it is written must be finite.
+        self.storage.clear([*private, *fresh[-1:]])
         blocks: list[int] = []
         for entry in kept:
             if entry.block is None:
                 content = staged[entry.key]
                 assert content is not None
-                self._bring_back(entry, fresh.pop(), content)
+                self._bring_back(entry, fresh.pop(0), content)
             assert entry.block is not None
             blocks.append(entry.block)
         if copied is not None:
-            target = fresh.pop()
+            target = fresh.pop(0)
             if copied.block is not None:
                 self.storage.copy_tokens(copied.block, target, match.tail_tokens)
                 self.pool.release([copied.block])

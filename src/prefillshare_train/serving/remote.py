@@ -15,7 +15,14 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import (
+    Client,
+    Connection,
+    Listener,
+    answer_challenge,
+    deliver_challenge,
+)
 from typing import Any
 
 import torch
@@ -28,6 +35,8 @@ from prefillshare_train.serving.lane import Piece, run_pieces
 from prefillshare_train.serving.workers import PrefillReport, Report
 
 logger = logging.getLogger(__name__)
+_HANDSHAKE_S = 30.0
+_BATCH_S = 600.0
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -83,18 +92,20 @@ class RemoteWorker:
         self._storage = storage
         self._report = report
         self._known: dict[int, int] = {}
-        self._closing = False
+        self._sent_at: float | None = None
         try:
             self._connection: Connection = Client(parse_address(address), authkey=key)
             shape = {"blocks": storage.blocks, "block_tokens": storage.block_tokens}
             _send(self._connection, {"hello": asdict(hello), **shape})
+            if not self._connection.poll(_HANDSHAKE_S):
+                raise TimeoutError(f"no answer in {_HANDSHAKE_S:.0f} s")
             answer, _ = _receive(self._connection)
         except (OSError, EOFError) as error:
             raise ServingError(
                 f"no prefill worker answers at {address} ({type(error).__name__}: {error}). Start "
                 "one there with `prefillshare prefill-worker`, with the same key"
             ) from error
-        except Exception as error:  # AuthenticationError is not an OSError
+        except AuthenticationError as error:
             raise ServingError(f"the prefill worker at {address} refuses: {error}") from error
         if answer.get("error"):
             raise ServingError(f"the prefill worker at {address} refuses: {answer['error']}")
@@ -114,32 +125,39 @@ class RemoteWorker:
         for block in stale:
             self._known[block] = storage.versions[block]
         self._pieces = list(pieces)
+        self._sent_at = time.monotonic()
         batch = [[list(p.ids), list(p.past_slots), list(p.write_slots)] for p in pieces]
         blocks = [storage.memory[:, :, block] for block in stale]
         _send(self._connection, {"batch": batch, "stale": stale}, blocks)
 
     def close(self) -> None:
         """Hang up; the worker waits for its next engine."""
-        self._closing = True
         with contextlib.suppress(OSError):
             self._connection.close()
         self._thread.join(10)
 
     def _listen(self) -> None:
-        while True:
-            try:
+        try:
+            while True:
+                self._await_answer()
                 answer, tensors = _receive(self._connection, self._storage.geometry.dtype)
-            except (EOFError, OSError, ValueError, TypeError) as error:
-                if not self._closing:
-                    reason = f"the connection to it broke ({type(error).__name__}: {error})"
-                    self._report(PrefillReport(self._number, 0.0, reason))
-                return
-            start = time.perf_counter()
-            if answer["error"] is None:
-                self._place(tensors)
-            placed = time.perf_counter() - start
-            hop = answer["packed_s"] + placed
-            self._report(PrefillReport(self._number, answer["seconds"], answer["error"], hop))
+                start = time.perf_counter()
+                if answer["error"] is None:
+                    self._place(tensors)
+                hop = answer["packed_s"] + time.perf_counter() - start
+                seconds, error = answer["seconds"], answer["error"]
+                self._sent_at = None
+                self._report(PrefillReport(self._number, seconds, error, handover_s=hop))
+        except Exception as error:  # whatever it is, nothing more can be expected from there
+            reason = f"the connection to it broke ({type(error).__name__}: {error})"
+            self._report(PrefillReport(self._number, 0.0, reason, lost=True))
+
+    def _await_answer(self) -> None:
+        while not self._connection.poll(1.0):
+            sent = self._sent_at
+            if sent is not None and time.monotonic() - sent > _BATCH_S:
+                self._connection.close()
+                raise TimeoutError(f"no answer to a batch in {_BATCH_S:.0f} s")
 
     def _place(self, tensors: Sequence[Tensor]) -> None:
         """Put the K/V that came back, (layers, 2, tokens, H_kv, D) a piece, where they belong."""
@@ -165,57 +183,97 @@ class PrefillServer:
         self, model: PreTrainedModel, fingerprint: str, address: tuple[str, int], key: bytes
     ) -> None:
         self._model = model
+        self._key = key
         self._geometry = KVGeometry.of(model)
         self._hello = Hello.of(fingerprint, self._geometry)
-        self._listener = Listener(address, authkey=key)
+        # The challenge is not left to the listener: a stranger who says nothing would block it.
+        self._listener = Listener(address)
         self.address: tuple[str, int] = self._listener.address
+        self._serving = threading.Lock()
+        self._closed = False
 
     def serve_forever(self) -> None:
-        """Serve until `close`."""
-        while True:
+        """Serve until `close`; one engine at a time, others are told that it is busy."""
+        while not self._closed:
             try:
                 connection = self._listener.accept()
-            except OSError:
-                return
-            except Exception as error:  # a caller with a wrong key must not end the worker
-                logger.warning("a caller was turned away: %s", error)
+            except OSError as error:
+                if not self._closed:
+                    logger.warning("a caller was lost: %s", error)
                 continue
-            with connection, contextlib.suppress(EOFError, ConnectionError):
-                self._serve(connection)
+            threading.Thread(target=self._meet, args=(connection,), daemon=True).start()
 
     def close(self) -> None:
         """Stop listening."""
+        self._closed = True
         self._listener.close()
 
-    def _serve(self, connection: Connection) -> None:
-        hello, _ = _receive(connection)
+    def _meet(self, connection: Connection) -> None:
+        """Serve a caller that has the key; whatever it does, the worker stays."""
+        stranger = threading.Timer(_HANDSHAKE_S, connection.close)
+        stranger.daemon = True
+        stranger.start()
+        with connection:
+            try:
+                deliver_challenge(connection, self._key)
+                answer_challenge(connection, self._key)
+                hello, _ = _receive(connection)
+                stranger.cancel()
+                self._serve(connection, hello)
+            except EOFError:
+                return
+            except Exception as error:
+                logger.warning("a caller was turned away: %s: %s", type(error).__name__, error)
+            finally:
+                stranger.cancel()
+
+    def _serve(self, connection: Connection, hello: dict[str, Any]) -> None:
         theirs = Hello(**hello["hello"])
         if theirs != self._hello:
             _send(connection, {"error": f"it serves {self._hello}, the engine {theirs}"})
             return
-        storage = KVStorage(
-            self._geometry, hello["blocks"], hello["block_tokens"], device=self._model.device
-        )
-        _send(connection, {"error": None})
-        while True:
-            request, blocks = _receive(connection, self._geometry.dtype)
-            for block, content in zip(request["stale"], blocks, strict=True):
-                storage.put_back(block, content)
-            pieces = [Piece(*piece) for piece in request["batch"]]
-            start = time.perf_counter()
+        if not self._serving.acquire(blocking=False):
+            _send(connection, {"error": "it serves another engine"})
+            return
+        try:
             try:
-                run_pieces(self._model, storage, pieces, stop_early=True)
-            except Exception as error:
-                _send(
-                    connection,
-                    {"error": f"{type(error).__name__}: {error}", "seconds": 0.0, "packed_s": 0.0},
+                storage = KVStorage(
+                    self._geometry,
+                    hello["blocks"],
+                    hello["block_tokens"],
+                    device=self._model.device,
                 )
+            except RuntimeError as error:
+                _send(connection, {"error": f"it cannot hold the engine's K/V: {error}"})
                 return
-            ran = time.perf_counter()
-            flat = storage.memory.flatten(2, 3)
-            parts = [flat[:, :, torch.tensor(list(p.write_slots))] for p in pieces]
-            packed = time.perf_counter() - ran
-            _send(connection, {"error": None, "seconds": ran - start, "packed_s": packed}, parts)
+            _send(connection, {"error": None})
+            while True:
+                request, blocks = _receive(connection, self._geometry.dtype)
+                self._run(connection, storage, request, blocks)
+        finally:
+            self._serving.release()
+
+    def _run(
+        self,
+        connection: Connection,
+        storage: KVStorage,
+        request: dict[str, Any],
+        blocks: Sequence[Tensor],
+    ) -> None:
+        for block, content in zip(request["stale"], blocks, strict=True):
+            storage.put_back(block, content)
+        pieces = [Piece(*piece) for piece in request["batch"]]
+        start = time.perf_counter()
+        error = None
+        try:
+            run_pieces(self._model, storage, pieces, stop_early=True)
+        except Exception as fault:
+            error = f"{type(fault).__name__}: {fault}"
+        ran = time.perf_counter()
+        flat = storage.memory.flatten(2, 3)
+        parts = [] if error else [flat[:, :, torch.tensor(list(p.write_slots))] for p in pieces]
+        answer = {"error": error, "seconds": ran - start, "packed_s": time.perf_counter() - ran}
+        _send(connection, answer, parts)
 
 
 def _send(connection: Connection, message: dict[str, Any], tensors: Sequence[Tensor] = ()) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from transformers import (
 
 from prefillshare_train.serving.api import SamplingParams, TokenLogprob
 
+_GREEDY_BELOW = 1e-5
+"""Temperatures below are greedy, as in vLLM: logits divided by them overflow."""
+
 
 class TokenPicker:
     """One response's rules, with its own random generator.
@@ -26,19 +29,21 @@ class TokenPicker:
 
     def __init__(self, params: SamplingParams, device: torch.device) -> None:
         self.logprobs = params.logprobs
-        self.greedy = params.temperature == 0
+        self.greedy = params.temperature < _GREEDY_BELOW
         self.processors = LogitsProcessorList()
         if params.repetition_penalty != 1:
-            self.processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+            self.processors.append(
+                RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty))
+            )
         if not self.greedy:
             if params.temperature != 1:
-                self.processors.append(TemperatureLogitsWarper(params.temperature))
+                self.processors.append(TemperatureLogitsWarper(float(params.temperature)))
             if params.top_k:
                 self.processors.append(TopKLogitsWarper(params.top_k))
             if params.top_p < 1:
-                self.processors.append(TopPLogitsWarper(params.top_p))
+                self.processors.append(TopPLogitsWarper(float(params.top_p)))
             if params.min_p:
-                self.processors.append(MinPLogitsWarper(params.min_p))
+                self.processors.append(MinPLogitsWarper(float(params.min_p)))
             self.generator = torch.Generator(device)
             if params.seed is None:
                 self.generator.seed()
@@ -62,28 +67,23 @@ class TokenPicker:
         return self.greedy and not self.processors
 
 
-def pick_tokens(
-    logits: Tensor, pickers: Sequence[TokenPicker], histories: Sequence[Sequence[int]]
-) -> tuple[list[int], list[TokenLogprob | None]]:
-    """Next token of each row.
+def pick_token(
+    logits: Tensor, most_likely: int, picker: TokenPicker, history: Callable[[], Sequence[int]]
+) -> tuple[int, TokenLogprob | None]:
+    """Next token of one row.
 
     Args:
-        logits: (R, V) float32.
-        histories: prompt and response so far of each row; read only by rules that need them.
+        logits: (V,) float32.
+        most_likely: their arg-max.
+        history: gives prompt and response so far, for rules that need them.
 
     Returns:
-        The tokens, and for rows that asked their log-probabilities (of the raw logits).
+        The token, and where asked for its log-probability (of the raw logits).
     """
-    greedy: list[int] = logits.argmax(dim=-1).tolist()
-    tokens = [
-        token if picker.plain else picker.pick(logits[row], histories[row])
-        for row, (token, picker) in enumerate(zip(greedy, pickers, strict=True))
-    ]
-    entries = [
-        None if picker.logprobs is None else _logprob(logits[row], tokens[row], picker.logprobs)
-        for row, picker in enumerate(pickers)
-    ]
-    return tokens, entries
+    token = most_likely if picker.plain else picker.pick(logits, history())
+    if picker.logprobs is None:
+        return token, None
+    return token, _logprob(logits, token, picker.logprobs)
 
 
 def _logprob(logits: Tensor, token: int, alternatives: int) -> TokenLogprob:

@@ -61,40 +61,43 @@ class Scheduler:
         waits for its session's place, or for a prefix that is being prefilled, does not.
         """
         limit = self.config.max_decode_rows + self.config.prefill_ahead
-        self.sessions_waiting = 0
+        without_place = 0
         for seq in sorted(self.waiting, key=lambda s: self._priority(s, now)):
-            if self.running >= limit:
+            if self.running >= limit or not self.caches:
                 return
-            worker, match = self._route(seq)
-            cache = self.caches[worker]
-            seq.cached = match.tokens
+            places = [n for n, cache in self.caches.items() if self._has_place(seq, n, cache)]
+            if not places:
+                without_place += 1
+                continue
+            worker, match = self._route(seq, places)
+            seq.expected = match.tokens
             rest = seq.base_ids[len(match.full) * self.storage.block_tokens :]
             incomplete = match.tokens < seq.base_tokens
-            if incomplete and self._in_flight.worth_waiting(match.parent, rest):
+            if incomplete and self._in_flight.worth_waiting(match.parent, rest, match.tail_tokens):
                 continue
-            name = seq.request.session
-            if not self.sessions.fits(name, worker, cache.pool.size):
-                self.sessions_waiting += 1
-                continue
-            if not self._take_blocks(seq, worker, match):
-                if self.running or not self.sessions.give_up_one(worker):
-                    return
-                match = cache.match(seq.root, seq.base_ids)
-                if not self._take_blocks(seq, worker, match):
-                    return
-            self._start(seq, worker, match, now)
+            found = self._take_blocks(seq, worker, match)
+            if found is None and not self.running and self.sessions.give_up_one(worker):
+                match = self.caches[worker].match(seq.root, seq.base_ids)
+                found = self._take_blocks(seq, worker, match)
+            if found is None:
+                return
+            self._start(seq, worker, found, now)
+        self.sessions_waiting = without_place
+
+    def _has_place(self, seq: Sequence, worker: int, cache: PrefixCache) -> bool:
+        return self.sessions.fits(seq.session, worker, cache.pool.size)
 
     def _priority(self, seq: Sequence, now: float) -> float:
         waited = now - seq.submitted_at
-        unknown = seq.base_tokens - seq.cached
-        return unknown - self.config.aging_tokens_per_s * waited
+        return seq.base_tokens - seq.expected - self.config.aging_tokens_per_s * waited
 
-    def _route(self, seq: Sequence) -> tuple[int, Match]:
+    def _route(self, seq: Sequence, places: list[int]) -> tuple[int, Match]:
+        """A worker among those where the request's session has a place, and what it keeps."""
         ids = seq.base_ids
-        matches = {n: cache.match(seq.root, ids) for n, cache in self.caches.items()}
+        matches = {number: self.caches[number].match(seq.root, ids) for number in places}
         if len(matches) == 1:
             return next(iter(matches.items()))
-        session = self.sessions.get(seq.request.session)
+        session = self.sessions.get(seq.session)
         candidates = [
             Candidate(number, match.tokens, self._load(number)) for number, match in matches.items()
         ]
@@ -107,17 +110,23 @@ class Scheduler:
         mine = [s for s in running if s.worker == worker]
         return sum(s.remaining for s in mine) + size * sum(len(s.own_blocks) for s in mine)
 
-    def _take_blocks(self, seq: Sequence, worker: int, match: Match) -> bool:
+    def _take_blocks(self, seq: Sequence, worker: int, match: Match) -> Match | None:
+        """Make blocks the request's own; what was used of the match, None for want of blocks."""
         cache = self.caches[worker]
         own = self._blocks(seq.own_capacity)
-        missing, held_anew = cache.missing_blocks(match, seq.base_tokens)
-        source = match.tail is not None and match.tail.block is not None
-        # Promises to others may leave no room for a request that would fit in an empty pool.
-        others = self.sessions.unused_blocks(worker, seq.request.session) if self.running else 0
-        if cache.pool.available - held_anew - others < missing + own + source:
-            return False
-        seq.blocks, seq.own_blocks = cache.acquire(match, seq.base_tokens, own)
-        return True
+        tries = [match]
+        others = self.sessions.unused_blocks(worker, seq.session)
+        if not self.running:
+            # Neither promises to others nor a block to copy a tail from may keep out a request
+            # that fits into an empty pool.
+            others = 0
+            tries.append(match.without_tail())
+        for found in tries:
+            needed = cache.missing_blocks(found, seq.base_tokens) + own
+            if cache.pool.available - others >= needed:
+                seq.blocks, seq.own_blocks = cache.acquire(found, seq.base_tokens, own)
+                return found
+        return None
 
     def _start(self, seq: Sequence, worker: int, match: Match, now: float) -> None:
         seq.worker = worker
@@ -128,7 +137,7 @@ class Scheduler:
             seq.started_at = now
         request = seq.request
         held = len(seq.blocks) + len(seq.own_blocks)
-        self.sessions.begin(request.session, worker, held, request.prompt_ids, now)
+        seq.session_state = self.sessions.begin(seq.session, worker, held, request.prompt_ids, now)
         self.waiting.remove(seq)
         if seq.remaining:
             seq.state = State.PREFILLING
@@ -197,18 +206,21 @@ class Scheduler:
             # A prompt that the base has not finished is not what the next turn goes on from.
             keep = seq.blocks if pool is not None and seq.computed == seq.base_tokens else []
             ids = (*seq.request.prompt_ids, *seq.response)
-            kept = self.sessions.finish(seq.request.session, seq.worker, held, keep, ids, now)
+            kept = self.sessions.finish(
+                seq.session, seq.session_state, seq.worker, held, keep, ids, now
+            )
             if pool is not None:
                 pool.release(seq.own_blocks if kept else [*seq.blocks, *seq.own_blocks])
         seq.state = State.ENDED
         if seq.request.end_session:
-            self.sessions.end(seq.request.session)
+            self.sessions.end(seq.session)
 
     def send_back(self, seq: Sequence) -> None:
         """A request's worker died before its prompt was in place: let it wait again."""
         self._leave_state(seq)
         held = len(seq.blocks) + len(seq.own_blocks)
-        self.sessions.abandon(seq.request.session, held)
+        self.sessions.abandon(seq.session_state, held)
+        seq.session_state = None
         seq.forget_blocks()
         self.waiting.append(seq)
 

@@ -13,6 +13,7 @@ from prefillshare_train.serving.lane import DecodeRow, Piece
 from prefillshare_train.serving.models import ServedDecoder
 from prefillshare_train.serving.prefix_cache import Key
 from prefillshare_train.serving.sampling import TokenPicker
+from prefillshare_train.serving.sessions import Session
 
 
 class State(enum.Enum):
@@ -34,6 +35,9 @@ class Sequence:
         decoder: who answers.
         base_tokens: prompt tokens that the base supplies.
         root: key that its blocks descend from.
+        session: name of its session in the engine, or None; `session_state`: that session, as it
+            was when the request was admitted.
+        expected: prompt tokens that were kept when last looked for.
         worker: number of the prefill worker that holds its prompt.
         blocks: blocks of the base's K/V; the first `computed` tokens are in place.
         own_blocks: private blocks of the decoder's K/V; the first `own_tokens` tokens are in place.
@@ -50,10 +54,13 @@ class Sequence:
     sink: EventSink
     picker: TokenPicker
     detokenizer: Detokenizer
+    session: str | None
+    session_state: Session | None = None
     state: State = State.WAITING
     worker: int = -1
     blocks: list[int] = field(default_factory=list)
     own_blocks: list[int] = field(default_factory=list)
+    expected: int = 0
     cached: int = 0
     computed: int = 0
     scheduled: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from prefillshare_train.serving.prefix_cache import common_prefix
@@ -86,26 +86,29 @@ class SessionTable:
 
     def begin(
         self, name: str | None, worker: int, held: int, prompt: Sequence[int], now: float
-    ) -> None:
-        """A turn was admitted, and holds so many blocks."""
+    ) -> Session | None:
+        """A turn was admitted, and holds so many blocks; returns its session."""
         if name is None:
-            return
+            return None
         session = self._sessions.get(name)
         if session is None:
             session = self._sessions[name] = Session(worker, self.reserve_blocks, now)
         if session.worker != worker:
             self._unpin(session)
             session.worker = worker
-        if session.ids and common_prefix(session.ids, prompt) < len(session.ids) - 1:
-            # The last token may be missing: one that ends a response is often left out of a text.
+        # The last token may be missing: one that ends a response is often left out of a text.
+        known = min(len(session.ids) - 1, len(prompt))
+        if common_prefix(session.ids, prompt) < known:
             self.retokenized += 1
         session.running += 1
         session.held += held
         session.last_used = now
+        return session
 
     def finish(
         self,
         name: str | None,
+        session: Session | None,
         worker: int,
         held: int,
         keep: Sequence[int],
@@ -115,6 +118,7 @@ class SessionTable:
         """A turn has ended.
 
         Args:
+            session: as `begin` gave it; where it has been ended since, nothing is kept.
             worker: that ran it.
             keep: its prompt blocks, of which the caller gives one reference away if True is
                 returned.
@@ -122,8 +126,7 @@ class SessionTable:
         Returns:
             Whether the session now holds `keep`.
         """
-        session = self.get(name)
-        if session is None:
+        if session is None or self.get(name) is not session:
             return False
         session.running -= 1
         session.held -= held
@@ -135,9 +138,8 @@ class SessionTable:
         session.pinned, session.pinned_on = list(keep), worker
         return True
 
-    def abandon(self, name: str | None, held: int) -> None:
+    def abandon(self, session: Session | None, held: int) -> None:
         """A turn gave its blocks back without an end, because its worker died."""
-        session = self.get(name)
         if session is not None:
             session.running -= 1
             session.held -= held
@@ -149,12 +151,12 @@ class SessionTable:
             self._unpin(session)
             del self._sessions[name]
 
-    def expire(self, now: float) -> None:
-        """Forget sessions that have been idle for too long."""
+    def expire(self, now: float, waiting: Collection[str | None]) -> None:
+        """Forget sessions that have been idle for too long and have no turn that waits."""
         idle = [
             name
             for name, s in self._sessions.items()
-            if not s.running and now - s.last_used > self._idle_s
+            if not s.running and name not in waiting and now - s.last_used > self._idle_s
         ]
         for name in idle:
             self.end(name)

@@ -26,6 +26,9 @@ class Sums:
     decode_seconds: float = 0.0
     decode_steps: int = 0
     decode_rows: int = 0
+    evicted_blocks: int = 0
+    staged_out_bytes: int = 0
+    staged_in_bytes: int = 0
 
     def add(self, usage: Usage) -> None:
         """Count a request that has ended."""
@@ -33,6 +36,12 @@ class Sums:
         self.cached_tokens += usage.cached_tokens
         self.prefilled_tokens += usage.prefilled_tokens
         self.completion_tokens += usage.completion_tokens
+
+    def keep(self, cache: PrefixCache) -> None:
+        """Count what a cache did that is about to be dropped."""
+        self.evicted_blocks += cache.pool.evicted
+        self.staged_out_bytes += cache.staged_out_bytes
+        self.staged_in_bytes += cache.staged_in_bytes
 
 
 def collect_stats(
@@ -48,6 +57,9 @@ def collect_stats(
 ) -> EngineStats:
     """A snapshot; may be taken from any thread, so figures may be one step apart."""
     pools = [cache.pool for cache in caches]
+    total = dataclasses.replace(sums)
+    for cache in caches:
+        total.keep(cache)
     block_bytes = scheduler.storage.block_bytes
     return EngineStats(
         waiting=waiting,
@@ -62,12 +74,9 @@ def collect_stats(
         block_bytes=block_bytes,
         peak_kv_bytes=sum(pool.peak_filled for pool in pools) * block_bytes,
         staged_blocks=sum(cache.staged_blocks for cache in caches),
-        staged_out_bytes=sum(cache.staged_out_bytes for cache in caches),
-        staged_in_bytes=sum(cache.staged_in_bytes for cache in caches),
-        evicted_blocks=sum(pool.evicted for pool in pools),
         retokenized_misses=sessions.retokenized,
         finished=finished,
         workers_alive=workers_alive,
         workers_total=workers_total,
-        **dataclasses.asdict(sums),
+        **dataclasses.asdict(total),
     )

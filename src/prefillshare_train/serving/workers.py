@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -14,6 +15,8 @@ from transformers import PreTrainedModel
 from prefillshare_train.serving.kv_storage import KVStorage
 from prefillshare_train.serving.lane import Piece, run_pieces
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class PrefillReport:
@@ -22,13 +25,15 @@ class PrefillReport:
     Attributes:
         worker: number of the worker.
         seconds: time of the forward pass.
-        error: why the worker is lost; None where the K/V are in place.
+        error: what went wrong; None where the K/V are in place.
+        lost: whether the worker is gone, and not the batch alone.
         handover_s: from the end of the pass until the engine's process knew of it.
     """
 
     worker: int
     seconds: float
     error: str | None = None
+    lost: bool = False
     handover_s: float = 0.0
 
 
@@ -61,8 +66,13 @@ class InlineWorker:
     def start(self, pieces: Sequence[Piece]) -> None:
         """Run the batch at once."""
         start = time.perf_counter()
-        run_pieces(self._model, self._storage, pieces, stop_early=True)
-        self._report(PrefillReport(self._number, time.perf_counter() - start))
+        error = None
+        try:
+            run_pieces(self._model, self._storage, pieces, stop_early=True)
+        except Exception as fault:  # out of memory, say: the batch's requests end, not the worker
+            logger.exception("a prefill failed")
+            error = f"{type(fault).__name__}: {fault}"
+        self._report(PrefillReport(self._number, time.perf_counter() - start, error))
 
     def close(self) -> None:
         """Nothing to end."""
@@ -74,9 +84,7 @@ class ThreadWorker:
     def __init__(
         self, number: int, model: PreTrainedModel, storage: KVStorage, report: Report
     ) -> None:
-        self._number = number
         self._inline = InlineWorker(number, model, storage, report)
-        self._report = report
         self._batches: queue.SimpleQueue[Sequence[Piece] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"prefill-{number}", daemon=True)
         self._thread.start()
@@ -92,8 +100,4 @@ class ThreadWorker:
 
     def _run(self) -> None:
         while (pieces := self._batches.get()) is not None:
-            try:
-                self._inline.start(pieces)
-            except Exception as error:  # a lost worker is the engine's to deal with, not a thread's
-                self._report(PrefillReport(self._number, 0.0, f"{type(error).__name__}: {error}"))
-                return
+            self._inline.start(pieces)
