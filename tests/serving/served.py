@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from tests.core import families
 from tests.data.helpers import tiny_tokenizer
 from tests.training import tiny
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessorList
 
 from prefillshare_train.core.contract import Contract, cache_config, weights_fingerprint
 from prefillshare_train.core.generate import generate
@@ -98,16 +100,40 @@ class Oracle:
     @functools.lru_cache(maxsize=2000)  # noqa: B019 (one oracle lives as long as its test module)
     def answer(self, name: str, prompt: tuple[int, ...], max_tokens: int) -> list[int]:
         """Greedy response of a decoder, or of the base as its own decoder."""
+        return self._generate(name, prompt, max_tokens)
+
+    def _generate(
+        self, name: str, prompt: tuple[int, ...], max_tokens: int, **options: Any
+    ) -> list[int]:
         loaded = self._loaded["math" if name == "base" else name]
         held = len(prompt) - 1
         if name != "base":
             held = loaded.contract.rule.base_length(len(prompt), HEADER)
         cache = loaded.prefill.prefill([prompt[:held]])
-        options: dict[str, Any] = {"max_new_tokens": max_tokens, "stop_ids": self._stop}
-        if name == "base":
-            with loaded.prefill.base_weights():
-                return generate(loaded.decoder, cache, [prompt], **options)[0]
-        return generate(loaded.decoder, cache, [prompt], **options)[0]
+        options |= {"max_new_tokens": max_tokens, "stop_ids": self._stop}
+        alone = loaded.prefill.base_weights() if name == "base" else contextlib.nullcontext()
+        with alone:
+            return generate(loaded.decoder, cache, [prompt], **options)[0]
+
+    def is_tie(self, name: str, prompt: tuple[int, ...], found: Sequence[int]) -> bool:
+        """Whether an answer leaves the expected one where two tokens are equally likely.
+
+        Float32 sums in another order differ in their last digits, and so may choose the other of
+        two tokens whose logits are equal but for those.
+        """
+        expected = self.answer(name, prompt, len(found))
+        at = next(
+            i for i, pair in enumerate(zip(found, expected, strict=False)) if len({*pair}) > 1
+        )
+        seen: list[Tensor] = []
+
+        def keep(_: Tensor, scores: Tensor) -> Tensor:
+            seen.append(scores[0])
+            return scores
+
+        self._generate(name, prompt, at + 1, processors=LogitsProcessorList([keep]))
+        scores = seen[at]
+        return bool(scores.max() - scores[found[at]] < 1e-4 * scores.abs().max())
 
 
 def request(decoder: str, prompt: Sequence[int], max_tokens: int = 8, **options: Any) -> Any:

@@ -35,7 +35,8 @@ class SoakResult:
 
     Attributes:
         answered, cut_off: requests that ended by themselves, and that were cancelled.
-        wrong: answers that differ from `core.generate`.
+        ties: answers that took the other of two tokens whose logits are equal to rounding.
+        wrong: answers that differ from `core.generate` in any other way.
         evicted, staged: blocks.
         lost_blocks: blocks still held once nothing ran and no session was left.
         grown_mib: resident memory at the end, over that after the warm-up.
@@ -44,6 +45,7 @@ class SoakResult:
     answered: int = 0
     cut_off: int = 0
     refused: int = 0
+    ties: int = 0
     wrong: list[str] = field(default_factory=list)
     evicted: int = 0
     staged: int = 0
@@ -99,7 +101,11 @@ class _Soak:
                 expected = expected[: len(answer.token_ids)]
             else:
                 self.result.answered += 1
-            if list(answer.token_ids) != expected:
+            if list(answer.token_ids) == expected:
+                continue
+            if self.oracle.is_tie(one.decoder, one.prompt_ids, answer.token_ids):
+                self.result.ties += 1
+            else:
                 self.result.wrong.append(f"{one.decoder}: {answer.token_ids} for {expected}")
 
     def settle(self) -> None:
