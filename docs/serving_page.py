@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import typing
 from pathlib import Path
 
@@ -16,6 +17,20 @@ from prefillshare_train.serving.server.metrics import ServerMetrics
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "serve.md"
+MEASURED = """## Measured
+
+Of `make bench-serve`, which takes hours, these parts were run, on SmolLM2-135M in bfloat16 with
+four LoRA decoders:
+
+```sh
+make bench-serve QUICK=1
+python benchmarks/serve.py compare --workloads react --regimes memory --repeats 1 --caps 8 \\
+  --loads 0.9 --sessions 8 --warm-up 0
+python benchmarks/serve.py ttft --ttft-contexts 4
+python benchmarks/serve.py one-decoder --sessions 3 --warm-up 0
+python benchmarks/adapters.py
+python benchmarks/disaggregated.py
+```"""
 
 
 def _options() -> list[str]:
@@ -42,6 +57,31 @@ def _metrics() -> list[str]:
     return lines
 
 
+def _small_tables() -> list[str]:
+    """Adapters in one batch, and where the prefill runs."""
+    adapters = json.loads((RESULTS.parent / "adapters.json").read_text())
+    steps = [f"| {name} | {ms:.1f} |" for name, ms in adapters["ms_per_step"].items()]
+    title = (
+        f"A decoding step of {adapters['rows']} rows with {adapters['adapters']} adapters "
+        f"({adapters['dtype']}; {adapters['machine']}):"
+    )
+    ways = json.loads((RESULTS.parent / "disaggregated.json").read_text())
+    rows = [
+        f"| {name} | {way['tokens_per_s']:.1f} | {way['hop_ms']:.2f} |"
+        for name, way in ways["ways"].items()
+    ]
+    other = (
+        f"Where the prefill runs, {ways['requests']} requests of {ways['prompt']} prompt and "
+        f"{ways['response']} response tokens ({ways['dtype']}; {ways['machine']}):"
+    )
+    return [
+        title,
+        "\n".join(["| | ms |", "|---|---:|", *steps]),
+        other,
+        "\n".join(["| prefill | response tokens/s | hop ms |", "|---|---:|---:|", *rows]),
+    ]
+
+
 def page() -> str:
     """The whole document."""
     parts = [(DOCS / "serving.in.md").read_text().rstrip()]
@@ -49,6 +89,5 @@ def page() -> str:
     parts += ["## Metrics at `/metrics`", "\n".join(_metrics())]
     if RESULTS.is_file():
         measured = RESULTS.read_text().strip().replace("\n## ", "\n### ")
-        measured = measured.replace("## ", "### ", 1) if measured.startswith("## ") else measured
-        parts += ["## Measured: `make bench-serve`", measured]
+        parts += [MEASURED, *_small_tables(), f"#{measured}"]
     return "\n\n".join(parts) + "\n"
