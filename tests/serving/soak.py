@@ -136,7 +136,7 @@ def soak(folder: Path, seconds: float, seed: int = 0, *, progress: bool = False)
                     warm = process.memory_info().rss
                 if not killed and passed > seconds / 2:
                     killed = True
-                    engine._receive(PrefillReport(0, 0.0, "killed by the soak", lost=True))
+                    engine._loop.receive(PrefillReport(0, 0.0, "killed by the soak", lost=True))
         run.settle()
         for session in range(_SESSIONS):
             engine.end_session(f"s{session}")

@@ -33,7 +33,7 @@ def test_processes_answer_alike_and_survive_a_kill(models: ServedModels, oracle:
         for n, one in enumerate(sent):
             engine.submit(one, found)
             if n == 10:
-                os.kill(engine._workers[0].process.pid, signal.SIGKILL)
+                os.kill(engine._loop.workers[0].process.pid, signal.SIGKILL)
         assert engine.drain(120)
         deadline = time.monotonic() + 10
         while engine.stats().workers_alive == 2 and time.monotonic() < deadline:

@@ -58,6 +58,22 @@ def test_a_prompt_that_cannot_be_prefilled_ends_alone(
     assert_nothing_leaks(engine)
 
 
+def test_a_batch_that_never_began_is_not_waited_for(
+    models: ServedModels, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine_of(models) as engine:
+        found, one = Collector(), request("math", range(10, 40), 4)
+        worker = engine._loop.workers[0]
+        with monkeypatch.context() as broken:
+            broken.setattr(worker, "start", lambda pieces: 1 / 0)
+            engine.submit(one, found)
+            wait_for(found, one)
+        assert found.generation(one.request_id).finish_reason == "error"
+        again = request("math", range(10, 40), 4)
+        expected = oracle.answer("math", again.prompt_ids, 4)
+        assert list(engine.generate(again).token_ids) == expected
+
+
 def test_a_row_that_cannot_be_picked_ends_alone(
     models: ServedModels, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,7 +83,7 @@ def test_a_row_that_cannot_be_picked_ends_alone(
     engine.submit(bad, found)
     engine.submit(good, found)
     engine.step()
-    (picker,) = [s.picker for s in engine._scheduler.prefilling if s.request is bad]
+    (picker,) = [s.picker for s in engine._loop.scheduler.prefilling if s.request is bad]
     monkeypatch.setattr(picker, "pick", lambda *_: 1 / 0)
     for _ in range(60):
         engine.step()
@@ -89,21 +105,28 @@ def test_a_request_that_just_fits_is_served_again(
 
 
 def test_a_request_that_comes_as_the_last_worker_goes_is_told(models: ServedModels) -> None:
-    with engine_of(models) as engine:
-        found = Collector()
-        one = request("math", range(10, 20))
-        with engine._lock:
-            pass
-        engine._inbox.put(
-            lambda: (
-                engine._prefilled(PrefillReport(0, 0.0, "killed by the test", lost=True)),
-                setattr(engine, "_accepting", True),
-            )
-        )
-        time.sleep(0.2)
-        engine.submit(one, found)
-        wait_for(found, one)
-        assert found.generation(one.request_id).error == "no prefill worker is left"
+    engine = engine_of(models)
+    found = Collector()
+    one = request("math", range(10, 20))
+    # The loss is known of only in the next step: the request is accepted, and queued after it.
+    engine._loop.receive(PrefillReport(0, 0.0, "killed by the test", lost=True))
+    engine.submit(one, found)
+    engine.step()
+    assert found.generation(one.request_id).error == "no prefill worker is left"
+    with pytest.raises(EngineStoppedError, match="no prefill worker is left"):
+        engine.submit(request("math", range(10, 20)), found)
+
+
+def test_a_session_can_be_ended_after_the_engine_started_over(
+    models: ServedModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(models, session_tokens=40, session_idle_s=1e9)
+    ended = []
+    engine.end_session("s")  # queued, and made only after the books have been replaced
+    engine._loop.start_over(lambda: None)
+    monkeypatch.setattr(engine._loop.sessions, "end", ended.append)
+    engine.step()
+    assert ended == ["s"]
 
 
 def test_a_cancel_that_comes_at_once_harms_nobody(models: ServedModels, oracle: Oracle) -> None:
@@ -224,7 +247,7 @@ def test_counters_never_fall(models: ServedModels) -> None:
             engine.generate(request("math", range(10 * n, 10 * n + 40), 2))
         before = engine.stats()
         assert before.evicted_blocks > 0
-        engine._receive(PrefillReport(0, 0.0, "killed by the test", lost=True))
+        engine._loop.receive(PrefillReport(0, 0.0, "killed by the test", lost=True))
         engine.generate(request("math", range(10, 20), 2))
         assert engine.stats().evicted_blocks >= before.evicted_blocks
 
@@ -234,7 +257,7 @@ def test_ctrl_c_leaves_the_prefill_processes_to_the_engine(
 ) -> None:
     threads = torch.get_num_threads()
     with engine_of(models, 60, disaggregated=True) as engine:
-        os.kill(engine._workers[0].process.pid, signal.SIGINT)
+        os.kill(engine._loop.workers[0].process.pid, signal.SIGINT)
         time.sleep(0.3)
         one = request("math", range(10, 40), 4)
         assert list(engine.generate(one).token_ids) == oracle.answer("math", one.prompt_ids, 4)

@@ -61,7 +61,7 @@ def test_a_worker_that_hangs_up_is_replaced_by_the_other(
                 sent.append(request([*DECODERS][n % 6], range(10 + n, 60 + n), 5))
                 engine.submit(sent[-1], found)
                 if n == 8:
-                    lost = engine._workers[0]
+                    lost = engine._loop.workers[0]
                     assert isinstance(lost, RemoteWorker)
                     lost._connection.close()
             assert engine.drain(60)

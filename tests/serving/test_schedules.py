@@ -121,7 +121,7 @@ def test_a_worker_that_dies_loses_no_answer(models: ServedModels, oracle: Oracle
         for n, one in enumerate(sent):
             engine.submit(one, found)
             if n in (2, 7):
-                engine._receive(PrefillReport(n % 3, 0.0, "killed by the test", lost=True))
+                engine._loop.receive(PrefillReport(n % 3, 0.0, "killed by the test", lost=True))
         assert engine.drain(60)
         stats = engine.stats()
     assert stats.workers_alive == 1
@@ -135,7 +135,7 @@ def test_without_any_worker_requests_end_with_an_error(models: ServedModels) -> 
     found = Collector()
     one = request("math", range(10, 40))
     engine.submit(one, found)
-    engine._receive(PrefillReport(0, 0.0, "killed by the test", lost=True))
+    engine._loop.receive(PrefillReport(0, 0.0, "killed by the test", lost=True))
     engine.step()
     answer = found.generation(one.request_id)
     assert (answer.finish_reason, answer.error) == ("error", "no prefill worker is left")

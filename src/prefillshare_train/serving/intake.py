@@ -16,16 +16,14 @@ class Intake:
     """Checks requests against the models and the pool.
 
     Args:
-        pool_blocks: blocks of one prefill worker's pool.
+        storage: all blocks, divided evenly among the prefill workers.
     """
 
-    def __init__(
-        self, models: ServedModels, config: EngineConfig, storage: KVStorage, pool_blocks: int
-    ) -> None:
+    def __init__(self, models: ServedModels, config: EngineConfig, storage: KVStorage) -> None:
         self._models = models
         self._config = config
         self._storage = storage
-        self._pool_blocks = pool_blocks
+        self._pool_blocks = storage.blocks // config.workers
 
     @property
     def max_prompt_tokens(self) -> int:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from prefillshare_train.serving.block_pool import BlockPool
+from prefillshare_train.serving.block_pool import BlockPool, NoBlocksError
 from prefillshare_train.serving.kv_storage import KVStorage
 
 Key = bytes
@@ -186,7 +186,7 @@ class PrefixCache:
         resident = sum(e.block is not None for e in kept)
         try:
             fresh = self.pool.allocate(held - resident + extra)
-        except Exception:
+        except NoBlocksError:
             self.pool.release(guarded)
             raise
         private, fresh = fresh[:extra], fresh[extra:]
