@@ -19,6 +19,7 @@ def user_errors(extra: str | None = None) -> Iterator[None]:
     from prefillshare_train.core.contract import ContractError
     from prefillshare_train.core.families import UnsupportedModelError
     from prefillshare_train.data import DataError
+    from prefillshare_train.engines.vllm.errors import VllmError
     from prefillshare_train.evaluation.task import EvaluationError
     from prefillshare_train.hub.errors import HubError
     from prefillshare_train.serving.api import ServingError
@@ -38,6 +39,7 @@ def user_errors(extra: str | None = None) -> Iterator[None]:
         ServingError,
         TrainingDivergedError,
         UnsupportedModelError,
+        VllmError,
         WorkloadError,
     )
     try:

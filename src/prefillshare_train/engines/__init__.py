@@ -1,0 +1,1 @@
+"""Adapters that let existing serving engines share a prefill."""

@@ -1,0 +1,1 @@
+"""Shared prefill on stock vLLM: connectors, a guard, a router, and what starts them together."""
