@@ -1,0 +1,1 @@
+"""The router in front of stock vLLM instances: our own server over other people's engines."""
