@@ -27,7 +27,8 @@ from prefillshare_train.core.cost import matmul_parameters
 SHAPES = ((64, 64), (256, 64), (512, 64), (1024, 64))
 QUICK_SHAPE = (512, 64)
 QUICK_SECONDS = 165.0  # leaves some of three minutes to a machine whose speed varies
-QUICK_ROUNDS = {"sft": 3, "trl": 2, "alora": 2, "prefillshare": 3}
+# TRL and aLoRA are slow on a CPU, and their rounds differ by less than they are behind.
+ROUNDS = {"sft": 3, "trl": 2, "alora": 2, "prefillshare": 3}
 # To estimate how long a pass takes: the share of the matmul rate that is reached, what TRL takes
 # for its LM head on every position (a position and vocabulary entry), and what a model's making.
 EFFICIENCY = {"float32": 0.7, "bfloat16": 0.4}
@@ -100,7 +101,7 @@ def quick_plans(
         seconds: for all rows together.
         console: told which dtype is left out.
     """
-    rounds = QUICK_ROUNDS if options.rounds is None else dict.fromkeys(METHODS, options.rounds)
+    rounds = ROUNDS if options.rounds is None else dict.fromkeys(METHODS, options.rounds)
     vocabulary = Case(options.model, "none", False, "float32").config().vocab_size
     chosen: dict[str, list[Plan]] = {dtype: [] for dtype in options.dtype}
 
@@ -125,22 +126,28 @@ def quick_plans(
 
 
 def all_plans(options: argparse.Namespace, console: Console) -> Iterator[Plan]:
-    """Every setting: shapes, models, adapters, checkpointing, dtypes."""
+    """Every setting: shapes, models, adapters, checkpointing, dtypes.
+
+    Those that the targets are about come first, so that a run that is cut off has them.
+    """
     rows = options.micro_batch or 4
-    rounds = dict.fromkeys(METHODS, options.rounds or 5)
-    seal_tools = None
-    if not options.seal_tools.is_dir():
-        console.print(f"Seal-Tools is not at {options.seal_tools}: its rows are left out")
-    else:
-        seal_tools = seal_tools_workload(options.seal_tools, options.model, max(1, rows // 2))
+    rounds = ROUNDS if options.rounds is None else dict.fromkeys(METHODS, options.rounds)
     for model in (options.model, RANDOM_MODEL):
         vocabulary = Case(model, "none", False, "float32").config().vocab_size
         workloads = [random_workload(*shape, rows, vocabulary) for shape in SHAPES]
-        if seal_tools is not None and model == options.model:
-            workloads.append(seal_tools)
-        for dtype in options.dtype:
-            for adapter in ("none", "lora"):
-                for checkpointing in (False, True):
+        for checkpointing in (False, True):
+            for dtype in options.dtype:
+                for adapter in ("none", "lora"):
                     case = Case(model, adapter, checkpointing, dtype)
                     for workload in workloads:
                         yield make_plan(case, workload, rounds)
+    if not options.seal_tools.is_dir():
+        console.print(f"Seal-Tools is not at {options.seal_tools}: its rows are left out")
+        return
+    workload = seal_tools_workload(options.seal_tools, options.model, max(1, rows // 4))
+    for checkpointing in (False, True):
+        for dtype in options.dtype:
+            for adapter in ("none", "lora"):
+                yield make_plan(
+                    Case(options.model, adapter, checkpointing, dtype), workload, rounds
+                )

@@ -1,6 +1,7 @@
 """Training speed and memory, side by side: hand-written SFT, TRL, PEFT aLoRA, and prefillshare.
 
     python benchmarks/train_speed.py --model .cache/models/smollm2-135m-instruct [--quick]
+                                     [--minutes 20]
 
 All methods of a setting run in one process on the same token ids, interleaved round by round;
 medians are reported. A round is forward and backward of every micro-batch by each method, added
@@ -14,12 +15,16 @@ completion-only; `alora` the same with a PEFT aLoRA adapter that starts at the a
 `prefillshare` our trainer's own step. The quick run is 512/64 on the given model, checkpointing
 off, in under three minutes: it takes the largest micro-batches that fit, down to one conversation,
 and two rounds of TRL and aLoRA (they are slow on a CPU, where TRL runs the LM head everywhere).
+
+The whole run takes hours on two cores. It keeps every finished setting under `--runs`: a run that
+was killed, or stopped by `--minutes`, goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import platform
 import statistics
@@ -33,6 +38,7 @@ import speed_memory
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from speed_kept import KeptRows
 from speed_methods import adamw, build, quiet
 from speed_plans import (
     QUICK_SECONDS,
@@ -171,11 +177,15 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, help="folder of a model with its tokenizer")
     parser.add_argument("--quick", action="store_true", help="512/64 only, within three minutes")
-    parser.add_argument("--dtype", type=lambda text: text.split(","), default=list(TOLERANCE))
+    parser.add_argument(
+        "--dtype", type=lambda text: text.split(","), default=["bfloat16", "float32"]
+    )
     parser.add_argument("--micro-batch", type=int, help="conversations; 4 where none is given")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches in a step")
-    parser.add_argument("--rounds", type=int, help="timed rounds; 5, or 2 to 3 if quick")
+    parser.add_argument("--rounds", type=int, help="timed rounds; 3, of TRL and aLoRA 2")
+    parser.add_argument("--minutes", type=float, help="start no setting that ends later than this")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train_speed.json"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/train_speed"))
     parser.add_argument("--seal-tools", type=Path, default=Path("../shared/data/seal_tools"))
     options = parser.parse_args()
     if not (Path(options.model) / "config.json").is_file():
@@ -207,26 +217,38 @@ def main() -> None:
     )
     speed_memory.wait_for_server()
     rates = rates_of(options.dtype, options.model)
+    kept = None if options.quick else KeptRows(options.runs, machine(), options.accumulation)
     if options.quick:
+        limit = QUICK_END
         left = QUICK_SECONDS - (time.perf_counter() - started)
         queue = quick_plans(options, rates, left, console)
     else:
+        limit = math.inf if options.minutes is None else 60 * options.minutes
         queue = list(all_plans(options, console))
     if not queue:
         raise SystemExit("nothing fits the three minutes of --quick here; run without it")
+    left_out = []
     with Progress(*columns, console=console) as progress:
         bar = Bar(progress, sum(plan.seconds(rates[plan.case.dtype]) for plan in queue))
         for plan in queue:
             rate = rates[plan.case.dtype]
-            end = time.perf_counter() - started + plan.seconds(rate)
-            if options.quick and end > QUICK_END:
-                setting = f"{plan.case.dtype} {plan.case.adapter}"
-                console.print(f"{setting}: left out; it would end after {end:.0f} s")
+            if kept and (known := kept.read(plan)):
+                bar.done(plan.seconds(rate), "kept")
+                rows += known
+                continue
+            if time.perf_counter() - started + plan.seconds(rate) > limit:
+                left_out.append(f"{plan.case.dtype} {plan.case.adapter} {plan.workload.name}")
                 bar.done(plan.seconds(rate), "left out")
                 continue
-            rows += measure(plan, options, rate, bar)
+            measured = measure(plan, options, rate, bar)
+            if kept:
+                kept.keep(plan, measured)
+            rows += measured
             write_json(rows, options.out)
             gc.collect()
+    if left_out:
+        console.print(f"{len(left_out)} settings would end after {limit:.0f} s and are left out:")
+        console.print(", ".join(left_out))
     print_table(rows, console)
     plot = options.out.with_suffix(".png")
     write_plot(rows, plot)

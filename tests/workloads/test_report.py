@@ -158,6 +158,18 @@ def test_tables_show_figures_and_machine() -> None:
     assert lines[-1] == "a machine"
 
 
+def test_tables_show_where_the_time_went() -> None:
+    engine = {
+        "duration_s": 20.0,
+        "prefilled_tokens": 1000,
+        "prefill_s_per_token": 0.005,
+        "decode_s_per_token": 0.02,
+    }
+    text = markdown(rows_of({POINT: numbers(30.0, **engine)}), "TTFT within 2 s")
+    # 5 s of prefill, 600 tokens in 12 s, and 3 s of neither
+    assert "| 1000 | 25.0 % | 5 | 60.0 % | 20 | 15.0 % |" in text
+
+
 def test_plots_are_written_for_axes_that_vary(tmp_path: Path) -> None:
     found = {}
     for rate in (0.2, 0.5):

@@ -153,6 +153,15 @@ def markdown(rows: Sequence[Row], objectives: str) -> str:
             "(3.0 is a third). caps: shared / isolated, each at its best. bound: work of isolated "
             "over work of shared at the measured rates, without memory pressure.",
         ]
+    if timed := [row for row in rows if row.get("prefilled_tokens") and row.get("duration_s")]:
+        header = ["workload", "regime", "mode", "sessions/s", "cap", "prefilled tokens"]
+        header += ["prefill", "ms a token", "decode", "ms a token", "rest"]
+        lines += ["", *_table(header, [_time_cells(row) for row in timed], texts=3)]
+        lines += [
+            "",
+            "Where the time of a run went. Sharing can remove prefill only: the share of decode is "
+            "what no cache takes away.",
+        ]
     machines = sorted({row["machine"] for row in rows if row.get("machine")})
     return "\n".join([*lines, "", *machines]) + "\n"
 
@@ -228,6 +237,26 @@ def _gain_cells(gain: Row) -> list[str]:
             _number(gain[key])
             for key in ("throughput_ratio", "p95_ratio", "ttft_p95_ratio", "bound", "bound_share")
         ),
+    ]
+
+
+def _time_cells(row: Row) -> list[str]:
+    """Shares of a run's time, by the engine's own seconds a token."""
+    decoded = row["throughput_tok_s"] * row["duration_s"]
+    prefill = row["prefilled_tokens"] * (row["prefill_s_per_token"] or 0.0) / row["duration_s"]
+    decode = decoded * (row["decode_s_per_token"] or 0.0) / row["duration_s"]
+    return [
+        f"{row['workload']} {row['variant']}".strip(),
+        row["regime"],
+        row["mode"],
+        "all at once" if row["sessions_per_s"] is None else f"{row['sessions_per_s']:.3g}",
+        str(row["max_sessions"]),
+        str(row["prefilled_tokens"]),
+        _percent(prefill),
+        _number(row["prefill_s_per_token"], 1e3),
+        _percent(decode),
+        _number(row["decode_s_per_token"], 1e3),
+        _percent(max(0.0, 1.0 - prefill - decode)),
     ]
 
 
