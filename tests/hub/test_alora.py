@@ -18,6 +18,7 @@ from prefillshare_train.core.decoder_set import DecoderSet
 from prefillshare_train.core.generate import generate
 from prefillshare_train.core.loading import add_adapter, load_decoder
 from prefillshare_train.core.prompt_cache import PromptCache
+from prefillshare_train.data import DataError
 from prefillshare_train.hub.errors import HubError
 from prefillshare_train.hub.export import ExportOptions, export_decoder
 from prefillshare_train.hub.model import PrefillShareModel
@@ -165,5 +166,5 @@ def test_a_header_without_fixed_tokens_is_refused(
 ) -> None:
     base = with_template(tmp_path, template)
     folder = alora_decoder(tmp_path, base)
-    with pytest.raises(HubError, match=message):
+    with pytest.raises(DataError, match=message):
         export_decoder(folder, tmp_path / "out", ExportOptions(format="alora"))

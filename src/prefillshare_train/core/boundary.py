@@ -8,6 +8,7 @@ predicted from the last prompt token, and the base's own logits are thrown away.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -90,3 +91,17 @@ class BoundaryRule:
             return (prompt_length - 1) // self.block_size * self.block_size
         assert self.ratio is not None
         return min(math.floor(self.ratio * prompt_length), prompt_length - 1)
+
+
+def header_length(ids: Sequence[int], header: Sequence[int]) -> int:
+    """Tokens from the last assistant header of a prompt to its end; 0 where there is none.
+
+    Args:
+        ids: the prompt.
+        header: token ids that open an answer, see `data.generation_header`.
+    """
+    width = len(header)
+    for start in range(len(ids) - width, -1, -1):
+        if tuple(ids[start : start + width]) == tuple(header):
+            return len(ids) - start
+    return 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,9 +167,19 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     Returns:
         `sha256:` and 64 hexadecimal digits.
     """
-    named = sorted(_base_weights(model))
+    named = dict(_base_weights(model))
+    return fingerprint_of(named, named.__getitem__)
+
+
+def fingerprint_of(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
+    """`weights_fingerprint` of a model that is not in memory.
+
+    Args:
+        names: of its parameters, tied ones once.
+        read: gives the tensor of a name; called from several threads.
+    """
     with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
-        digests = list(pool.map(lambda item: _tensor_digest(*item), named))
+        digests = list(pool.map(lambda name: _tensor_digest(name, read(name)), sorted(names)))
     return "sha256:" + hashlib.sha256(b"".join(digests)).hexdigest()
 
 

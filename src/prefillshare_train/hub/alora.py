@@ -14,8 +14,8 @@ from safetensors import safe_open
 
 from prefillshare_train.core.contract import Contract
 from prefillshare_train.data import Renderer
+from prefillshare_train.data.generation_header import generation_header
 from prefillshare_train.hub.errors import HubError
-from prefillshare_train.hub.generation_header import generation_header
 
 # Each changes what the base computes before the invocation, or is not masked by PEFT's aLoRA.
 _REFUSED = {

@@ -17,15 +17,16 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from prefillshare_train.core.boundary import header_length
 from prefillshare_train.core.contract import Contract
 from prefillshare_train.core.generate import generate
 from prefillshare_train.core.loading import LoadedDecoder, load_decoder
 from prefillshare_train.core.modules import causal_lm_of
 from prefillshare_train.core.prompt_cache import PromptCache
 from prefillshare_train.data import Message, Renderer, Tool, saved_renderer
+from prefillshare_train.data.generation_header import generation_header
 from prefillshare_train.hub.errors import HubError
 from prefillshare_train.hub.generation import GenerationSettings, generation_settings
-from prefillshare_train.hub.generation_header import generation_header, header_length
 from prefillshare_train.hub.source import decoder_folder
 
 

@@ -1,17 +1,15 @@
 """The tokens with which a template opens an assistant's answer.
 
 Data is rendered with the text at hand, so that the header of each prompt is known. Where only token
-ids are there (`generate`, an aLoRA's invocation tokens) the header must be the same for every
+ids are there (`generate`, an aLoRA's invocation tokens, vLLM) the header must be the same for every
 conversation; this is where that is found out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from prefillshare_train.data import Message, Renderer
-from prefillshare_train.data.rendering import RenderError
-from prefillshare_train.hub.errors import HubError
+from prefillshare_train.data.errors import DataError
+from prefillshare_train.data.rendering import Renderer, RenderError
+from prefillshare_train.data.rows import Message
 
 # What precedes a header decides whether its tokens merge with it.
 _USER_TEXTS = ("a", "a\n", "a\n\n", "a ", "1", "?", "é", "```")
@@ -24,7 +22,7 @@ def generation_header(renderer: Renderer) -> tuple[int, ...]:
         One token or more: what every prompt that the renderer makes ends in.
 
     Raises:
-        HubError: the template has no generation prompt, or its tokens depend on what precedes.
+        DataError: the template has no generation prompt, or its tokens depend on what precedes.
     """
     found: dict[tuple[int, ...], str] = {}
     for messages in _probes():
@@ -37,28 +35,19 @@ def generation_header(renderer: Renderer) -> tuple[int, ...]:
         length = renderer.header_length(bare, prompt, ids)
         found.setdefault(tuple(ids[len(ids) - length :]), prompt)
     if not found:
-        raise HubError(f"the template {renderer.name} renders none of the usual conversations")
+        raise DataError(f"the template {renderer.name} renders none of the usual conversations")
     if () in found:
-        raise HubError(
+        raise DataError(
             f"the template {renderer.name} has no assistant header, or merges it with the text "
             f"before it: {found[()][-40:]!r}"
         )
     if len(found) > 1:
         shown = " and ".join(repr(renderer.decode(ids)) for ids in list(found)[:2])
-        raise HubError(
+        raise DataError(
             f"the assistant header of the template {renderer.name} is not the same in every "
             f"conversation: {shown}"
         )
     return next(iter(found))
-
-
-def header_length(ids: Sequence[int], header: Sequence[int]) -> int:
-    """Tokens from the last header of a prompt to its end; 0 where there is none."""
-    width = len(header)
-    for start in range(len(ids) - width, -1, -1):
-        if tuple(ids[start : start + width]) == tuple(header):
-            return len(ids) - start
-    return 0
 
 
 def _probes() -> list[list[Message]]:
