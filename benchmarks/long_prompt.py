@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 from memory_estimate import LORA, estimated, measured
+
+from prefillshare_train.workloads.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "long_prompt.json"
 
@@ -46,7 +47,7 @@ def main() -> None:
         "prompt": options.prompt,
         "response": options.response,
         "budget_mib": options.budget,
-        "machine_mib": round(psutil.virtual_memory().total / 2**20),
+        "machine": machine(),
     }
     for name, case in cases.items():
         parts = estimated(options.model, case)

@@ -31,6 +31,7 @@ from prefillshare_train.core.spans import Conversation, Turn
 from prefillshare_train.training.config import CacheConditionedConfig
 from prefillshare_train.training.lockstep import Lockstep, TakeTurns, generator_states
 from prefillshare_train.training.trainer import CacheConditionedTrainer
+from prefillshare_train.workloads.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "multi_decoder.json"
 
@@ -142,7 +143,7 @@ def main() -> None:
     speedup, limit = one_by_one / at_once, bound(options)
     result = {
         **{key: value for key, value in vars(options).items() if key != "out"},
-        "threads": torch.get_num_threads(),
+        "machine": machine(),
         "separate_s": round(one_by_one, 2),
         "together_s": round(at_once, 2),
         "speedup": round(speedup, 3),

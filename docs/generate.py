@@ -14,6 +14,7 @@ from typing import Any
 
 import results_page
 import serving_page
+import speed_page
 from transformers import TrainingArguments
 
 from prefillshare_train.training.config import CacheConditionedConfig
@@ -23,6 +24,7 @@ SOURCE = DOCS.parent / "src" / "prefillshare_train"
 PAGE = DOCS / "training.md"
 RESULTS = DOCS / "results.md"
 SERVING = DOCS / "serving.md"
+SPEED = DOCS / "speed.md"
 SECTIONS = (
     ("Recipe", "training/recipe.py", "Recipe", ""),
     ("base", "training/recipe.py", "BaseConfig", "base."),
@@ -123,7 +125,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     check = parser.parse_args().check
     stale = []
-    pages = {PAGE: page(), RESULTS: results_page.page(), SERVING: serving_page.page()}
+    pages = {
+        PAGE: page(),
+        RESULTS: results_page.page(),
+        SERVING: serving_page.page(),
+        SPEED: speed_page.page(),
+    }
     for place, text in pages.items():
         if place.is_file() and place.read_text() == text:
             continue

@@ -11,6 +11,7 @@ LAUNCHED_FACTS names the file for rank 0's facts, LAUNCHED_KILL=RANK:STEP the ra
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -32,6 +33,7 @@ from prefillshare_train.training import run
 from prefillshare_train.training.trainer import CacheConditionedTrainer
 
 gathers_per_prefill: list[int] = []
+elements_per_prefill: list[int] = []
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
@@ -98,6 +100,7 @@ def watch() -> None:
             "processes": trainer.accelerator.num_processes,
             "engine": type(trainer.model_wrapped).__name__,
             "gathers_per_prefill": sorted(set(gathers_per_prefill)),
+            "elements_per_prefill": sorted(set(elements_per_prefill)),
             **base_facts(trainer),
         }
         if facts and trainer.is_world_process_zero():
@@ -114,23 +117,38 @@ def watch() -> None:
 
 
 def _count_gathers() -> None:
-    """Count FSDP's all-gathers inside each of the base's passes."""
+    """Count FSDP's all-gathers, and the elements that ZeRO-3 gathers, in each prefill."""
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
 
     plain_gather, plain_run = group.foreach_all_gather, PrefillModule._run
-    count = [0]
+    count, elements = [0], [0]
 
     def gather(*args: Any, **kwargs: Any) -> Any:
         count[0] += 1
         return plain_gather(*args, **kwargs)
 
     def counted(self: PrefillModule, *args: Any, **kwargs: Any) -> None:
-        count[0] = 0
+        count[0] = elements[0] = 0
         plain_run(self, *args, **kwargs)
         gathers_per_prefill.append(count[0])
+        elements_per_prefill.append(elements[0])
 
     group.foreach_all_gather = gather
     PrefillModule._run = counted  # type: ignore[method-assign]
+    if importlib.util.find_spec("deepspeed") is None:
+        return
+    from deepspeed.runtime.zero.partitioned_param_coordinator import (
+        PartitionedParameterCoordinator as Coordinator,
+    )
+
+    name = "_PartitionedParameterCoordinator__all_gather_params_"
+    plain_fetch = getattr(Coordinator, name)
+
+    def fetch(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        elements[0] += sum(p.ds_numel for p in params if p.ds_status.name == "NOT_AVAILABLE")
+        return plain_fetch(self, params, *args, **kwargs)
+
+    setattr(Coordinator, name, fetch)
 
 
 if __name__ == "__main__":

@@ -159,6 +159,8 @@ def test_zero3_with_a_sharded_base(recipe: Path, tmp_path: Path) -> None:
         "training.shard_base=true",
     )
     assert facts["base_local"] <= 0.55 * facts["base_total"]
+    # Each parameter at most once a pass, and once in some pass: small ones stay from then on.
+    assert max(facts["elements_per_prefill"]) == facts["base_total"]
 
 
 @needs_deepspeed

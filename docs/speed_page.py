@@ -1,0 +1,134 @@
+"""docs/speed.md: training speed and memory, from the files that benchmarks wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FILES = Path(__file__).parent.parent / "benchmarks" / "results"
+NAMES = {"sft": "hand-written", "trl": "TRL", "alora": "aLoRA (TRL)", "prefillshare": "ours"}
+ADAPTERS = {"none": "full", "lora": "LoRA"}
+
+
+def page() -> str:
+    """The whole document."""
+    parts = [
+        "# Training speed and memory",
+        "<!-- docs/speed.md is generated from benchmarks/results by `make docs`: edit "
+        "docs/speed_page.py. -->",
+    ]
+    for make in (_training, _profile, _decoders, _long_prompt):
+        parts += make()
+    return "\n\n".join(parts) + "\n"
+
+
+def _read(name: str) -> Any:
+    path = FILES / name
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> str:
+    rule = ["---"] * texts + ["---:"] * (len(header) - texts)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows))
+
+
+def _training() -> list[str]:
+    rows = _read("train_speed.json")
+    if not rows:
+        return []
+    parts = [
+        "## Beside other ways to train",
+        "`make bench-train` measures a hand-written SFT loop, TRL's SFTTrainer, PEFT's aLoRA under "
+        "TRL, and ours on the same token ids, interleaved in one process; medians. ratio: step "
+        "time of the hand-written loop over that of the method. bound: the same by FLOPs "
+        "([formula](method.md#cost)). matmul: FLOP/s of the passes over what a plain matrix "
+        "product of the model's MLP shape reached in the same rounds. MiB: peak resident memory of "
+        "a step in a process of its own, libraries included. Every method's loss at step 0 agreed. "
+        "The whole grid takes hours on two cores; a run that is cut off goes on where it was.",
+        f"Measured on {', '.join(sorted({row['machine'] for row in rows}))}.",
+    ]
+    header = ["adapter", "P/R", "batch", "method", "response tokens/s", "ratio", "bound"]
+    header += ["of the bound", "matmul", "MiB", "of hand-written"]
+    groups: dict[tuple[str, str, bool], list[list[str]]] = {}
+    for row in rows:
+        key = (row["model"], row["dtype"], row["checkpointing"])
+        groups.setdefault(key, []).append(
+            [
+                ADAPTERS[row["adapter"]],
+                row["workload"],
+                str(row["conversations_per_micro_batch"]),
+                NAMES[row["method"]],
+                f"{row['response_tokens_per_s']:.1f}",
+                f"{row['ratio_to_sft']:.2f}",
+                f"{row['flop_bound']:.2f}",
+                f"{row['ratio_to_sft'] / row['flop_bound']:.2f}",
+                f"{row['matmul_share']:.2f}",
+                f"{row['peak_memory_mib']:.0f}",
+                f"{row['peak_memory_to_sft']:.2f}",
+            ]
+        )
+    for (model, dtype, checkpointing), cells in groups.items():
+        how = ", activation checkpointing" if checkpointing else ""
+        parts += [f"### {model}, {dtype}{how}", _table(header, cells, texts=4)]
+    return parts
+
+
+def _profile() -> list[str]:
+    found = _read("profile_step.json")
+    if not found:
+        return []
+    kinds = sorted({kind for row in found["rows"] for kind in row["seconds"]})
+    rows = []
+    for row in found["rows"]:
+        whole = sum(row["seconds"].values())
+        shares = [f"{row['seconds'].get(kind, 0) / whole:.0%}" for kind in kinds]
+        names = [row["dtype"], ADAPTERS[row["adapter"]], NAMES[row["method"]]]
+        rows.append([*names, f"{whole:.2f}", *shares])
+    return [
+        "## Where a step's time goes",
+        "`python benchmarks/profile_step.py` sums the self time of torch's profiler by kind of "
+        "operation, over one micro-batch (512 prompt and 64 response tokens a conversation). A "
+        "FLOP bound counts the matrix products only. In bfloat16 they run so fast that the rest, "
+        "which moves memory and gains little from the shorter type, takes a larger share: that is "
+        "what keeps a step below the rate of a plain matrix product. Both loops pay it alike, so "
+        "that the ratio between them stays near the bound.",
+        f"Measured on {found['machine']}.",
+        _table(["dtype", "adapter", "method", "seconds", *kinds], rows, texts=3),
+    ]
+
+
+def _decoders() -> list[str]:
+    found = _read("multi_decoder.json")
+    if not found:
+        return []
+    return [
+        "## Several decoders on one prefill",
+        f"`python benchmarks/multi_decoder.py`: {found['decoders']} LoRA decoders on "
+        f"{found['prompt']} prompt and {found['response']} response tokens, batches of "
+        f"{found['batch']}, bfloat16. {found['separate_s']:.0f} s one after another, "
+        f"{found['together_s']:.0f} s on one prefill: {found['speedup']:.2f} times as fast, of at "
+        f"most {found['bound']:.2f} by FLOPs ({found['share_of_bound']:.0%}).",
+        f"Measured on {found['machine']}.",
+    ]
+
+
+def _long_prompt() -> list[str]:
+    found = _read("long_prompt.json")
+    if not found:
+        return []
+    rows = []
+    for name, title in (("prefillshare", "ours"), ("full_prompt", "plain fine-tuning")):
+        case = found[name]
+        measured = f"{case['measured_mib']:,}" if "measured_mib" in case else "not run"
+        seconds = f"{case['seconds']:.0f}" if "seconds" in case else ""
+        rows.append([title, measured, f"{case['estimated_mib']:,}", seconds])
+    return [
+        "## A long prompt",
+        f"`python benchmarks/long_prompt.py`: LoRA on SmolLM2-135M, one row of {found['prompt']:,} "
+        f"prompt and {found['response']} response tokens, activation checkpointing, the base in "
+        f"chunks of {found['budget_mib']:.0f} MiB of activations.",
+        f"Measured on {found['machine']}.",
+        _table(["", "measured peak MiB", "estimated MiB", "seconds with loading"], rows, texts=1),
+    ]
