@@ -32,7 +32,7 @@ class InstanceOptions:
         kv_transfer: vLLM's `--kv-transfer-config`.
         lora: adapters, name to folder.
         max_lora_rank: the highest rank among them; vLLM's default where None.
-        middleware: import paths of ASGI middleware, outermost first.
+        middleware: import paths of ASGI middleware; the last one sees a request first.
         enforce_eager: no compilation: starts faster, runs slower.
         cores: CPU cores to bind to, as vLLM's `VLLM_CPU_OMP_THREADS_BIND` (`0-3`).
         cpu_kv_gib: GiB of K/V on CPU.
