@@ -71,7 +71,7 @@ def test_both_roles_in_one_process_are_the_store_s(base: Path) -> None:
 
 
 def test_recomputing_what_does_not_arrive_is_refused(decoder: Path) -> None:
-    with pytest.raises(VllmError, match="recompute.*its own weights"):
+    with pytest.raises(VllmError, match=r"recompute.*its own weights"):
         check_role(instance(decoder, "kv_consumer", policy="recompute"))
 
 
