@@ -18,6 +18,7 @@ from prefillshare_train.cli import (
     prefill_worker,
     serve,
     train,
+    vllm,
 )
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ app.command("doctor")(doctor.doctor)
 app.command("serve")(serve.serve)
 app.command("prefill-worker")(prefill_worker.prefill_worker)
 app.command("bench")(bench.bench)
+app.add_typer(vllm.app, name="vllm")
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ def loadable_folder(decoder: Decoder, copies: Path) -> Path:
     beside = copies / f".unfinished-{place.name}-{os.getpid()}"
     try:
         shutil.rmtree(beside, ignore_errors=True)
+        copies.mkdir(parents=True, exist_ok=True)
         shutil.copytree(decoder.folder, beside)
         config = beside / _CONFIG
         settings = json.loads(config.read_text())

@@ -184,21 +184,33 @@ def parse_decoders(texts: Sequence[str]) -> dict[str, Path]:
     Raises:
         VllmError: a text has another form, or a name is given twice or cannot name a host.
     """
-    folders: dict[str, Path] = {}
-    for text in texts:
-        name, equals, folder = text.partition("=")
-        if not (name and equals and folder):
-            raise VllmError(f"--decoder {text}: give NAME=FOLDER")
+    folders = parse_pairs("--decoder", texts, form="NAME=FOLDER")
+    for name, folder in folders.items():
+        text = f"{name}={folder}"
         if not _NAME.fullmatch(name) or host_label(name) in _TAKEN:
             raise VllmError(
                 f"--decoder {text}: the name {name!r} must be at most 40 letters, digits, hyphens, "
                 f"dots and underscores, with neither end one of the last three, and none of "
                 f"{', '.join(_TAKEN)}: it names hosts and log files"
             )
-        if name in folders:
-            raise VllmError(f"--decoder {text}: {name} is given twice")
-        folders[name] = Path(folder)
-    return folders
+    return {name: Path(folder) for name, folder in folders.items()}
+
+
+def parse_pairs(option: str, texts: Sequence[str], *, form: str = "NAME=VALUE") -> dict[str, str]:
+    """What an option gives by name.
+
+    Raises:
+        VllmError: a text has another form, or a name is given twice.
+    """
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise VllmError(f"{option} {text}: give {form}")
+        if name in pairs:
+            raise VllmError(f"{option} {text}: {name} is given twice")
+        pairs[name] = value
+    return pairs
 
 
 def read_decoder(name: str, folder: Path) -> Decoder:

@@ -1,0 +1,1 @@
+"""What `prefillshare vllm plan` writes for a cluster, as plain values for YAML."""
