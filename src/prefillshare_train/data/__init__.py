@@ -7,7 +7,7 @@ from prefillshare_train.data.pipeline import EvalExample, PreparedData, build_da
 from prefillshare_train.data.rendering import Renderer, make_renderer
 from prefillshare_train.data.report import DataReport
 from prefillshare_train.data.rows import Message, Row, Tool
-from prefillshare_train.data.saved_renderer import saved_renderer
+from prefillshare_train.data.saved_renderer import base_renderer, saved_renderer
 
 __all__ = [
     "DataConfig",
@@ -22,6 +22,7 @@ __all__ = [
     "SeamError",
     "SourceConfig",
     "Tool",
+    "base_renderer",
     "build_dataset",
     "is_correct",
     "make_renderer",

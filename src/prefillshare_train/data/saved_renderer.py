@@ -1,11 +1,11 @@
-"""The renderer of a finished decoder, from its folder and its contract."""
+"""The renderer of a finished decoder, from its folder and its contract; and that of a base."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from prefillshare_train.data.errors import DataError
 from prefillshare_train.data.rendering import Renderer, make_renderer
@@ -39,3 +39,25 @@ def saved_renderer(folder: Path | str, prompt: dict[str, Any]) -> Renderer:
             f"({'; '.join(different)}). Restore tokenizer.json and chat_template.jinja"
         )
     return renderer
+
+
+def base_renderer(base: str, revision: str | None, chat_template: str | None) -> Renderer:
+    """The prompts of a base on its own.
+
+    Args:
+        base: hub id or folder; only its tokenizer and generation configuration are read.
+        chat_template: a `.jinja` file or a packaged name; None takes the tokenizer's own.
+
+    Raises:
+        DataError: there is no such template, or none at all.
+        OSError: there is no tokenizer.
+    """
+    try:
+        ends = GenerationConfig.from_pretrained(base, revision=revision or "main").eos_token_id
+    except OSError:
+        ends = None
+    return make_renderer(
+        AutoTokenizer.from_pretrained(base, revision=revision),
+        chat_template=chat_template,
+        end_token_ids=[ends] if isinstance(ends, int) else list(ends or []),
+    )

@@ -26,12 +26,12 @@ from prefillshare_train.serving.config import EngineConfig
 from prefillshare_train.serving.intake import Intake, session_name
 from prefillshare_train.serving.loop import Loop
 from prefillshare_train.serving.models import ServedModels
+from prefillshare_train.serving.rate import EndRate
 from prefillshare_train.serving.sequence import Sequence
 from prefillshare_train.serving.stats import collect_stats
 
 logger = logging.getLogger(__name__)
 _IDLE_S = 0.05
-_RATE_WINDOW = 64
 _STOP_S = 30.0
 
 
@@ -60,7 +60,7 @@ class Engine:
         self._lock = threading.Lock()
         self._accepting = True
         self._queued = 0
-        self._ends: list[float] = []
+        self._rate = EndRate()
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._loop = Loop(models, self.config, self.storage, self._inbox.put, self._ended)
@@ -99,7 +99,7 @@ class Engine:
             if request.request_id in self._live:
                 raise ServingError(f"a request called {request.request_id} is running")
             if self._queued >= self.config.max_waiting:
-                raise QueueFullError(self._queued, self._retry_after())
+                raise QueueFullError(self._queued, self._rate.seconds_to_the_next())
             self._queued += 1
             self._live[request.request_id] = seq
             # Under the lock, so that no cancel of this request can come before it.
@@ -220,13 +220,6 @@ class Engine:
             self._queued = len(self._live) - self._loop.scheduler.running
 
     def _ended(self, seq: Sequence) -> None:
-        self._ends = [*self._ends[1 - _RATE_WINDOW :], time.monotonic()]
+        self._rate.note()
         with self._lock:
             self._live.pop(seq.request.request_id, None)
-
-    def _retry_after(self) -> float:
-        """Seconds until a place is likely free, from the rate at which requests ended of late."""
-        if len(self._ends) < 2:
-            return 1.0
-        span = self._ends[-1] - self._ends[0]
-        return min(60.0, max(1.0, span / (len(self._ends) - 1)))

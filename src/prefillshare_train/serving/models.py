@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig
 
 from prefillshare_train.core.boundary import BoundaryRule
 from prefillshare_train.core.contract import Contract, ContractError
 from prefillshare_train.core.decoder_set import DecoderSet
 from prefillshare_train.core.families import position_limit
-from prefillshare_train.data import Renderer, make_renderer, saved_renderer
+from prefillshare_train.data import Renderer, base_renderer, saved_renderer
 from prefillshare_train.serving.adapters import (
     BASE_ADAPTER,
     NoAdapters,
@@ -124,7 +123,7 @@ class ServedModels:
             except ContractError as error:
                 raise ContractError(f"decoder {name} ({folder}): {error}") from error
         if renderer is None:
-            renderer = _base_renderer(base, revision, chat_template)
+            renderer = base_renderer(base, revision, chat_template)
         return cls(loaded, renderer, serve_base=serve_base)
 
     @property
@@ -149,15 +148,3 @@ def _lora_lanes(loaded: DecoderSet) -> dict[str, Lane]:
         return dict.fromkeys([*names, BASE_ADAPTER], Lane(loaded.lora, switch))
     lanes = {name: Lane(loaded.lora, switch) for name in names}
     return lanes | {BASE_ADAPTER: Lane(loaded.base, NoAdapters())}
-
-
-def _base_renderer(base: str, revision: str | None, chat_template: str | None) -> Renderer:
-    try:
-        ends = GenerationConfig.from_pretrained(base, revision=revision or "main").eos_token_id
-    except OSError:
-        ends = None
-    return make_renderer(
-        AutoTokenizer.from_pretrained(base, revision=revision),
-        chat_template=chat_template,
-        end_token_ids=[ends] if isinstance(ends, int) else list(ends or []),
-    )

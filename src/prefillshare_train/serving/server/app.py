@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
+from prometheus_client.registry import Collector
 from starlette.responses import Response
 
 from prefillshare_train.serving.api import EngineClient
@@ -23,10 +25,21 @@ _CLIENT_CLOSED_REQUEST = 499
 """Nginx's status for a client that did not wait; nobody receives it."""
 
 
-def create_app(engine: EngineClient, config: ServerConfig | None = None) -> FastAPI:
-    """The application over an engine that runs; its `state.service` holds what the routes share."""
+def create_app(
+    engine: EngineClient,
+    config: ServerConfig | None = None,
+    *,
+    routers: Sequence[APIRouter] = (),
+    metrics: Sequence[Collector] = (),
+) -> FastAPI:
+    """The application over an engine that runs; its `state.service` holds what the routes share.
+
+    Args:
+        routers: further routes of this engine.
+        metrics: further metrics of this engine.
+    """
     config = config or ServerConfig()
-    service = Service(engine, config)
+    service = Service(engine, config, metrics)
 
     app = FastAPI(
         title="prefillshare",
@@ -44,6 +57,7 @@ def create_app(engine: EngineClient, config: ServerConfig | None = None) -> Fast
         completions_router(service),
         operations_router(service),
         pages_router(),
+        *routers,
     ):
         app.include_router(router)
     add_error_handlers(app)

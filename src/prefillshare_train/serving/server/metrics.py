@@ -70,13 +70,20 @@ class ServerMetrics:
     Args:
         decoders: whose rows are there from the start.
         stats: of the engine.
+        more: metrics that this engine has beside those.
     """
 
-    def __init__(self, decoders: Sequence[str], stats: Callable[[], EngineStats]) -> None:
+    def __init__(
+        self,
+        decoders: Sequence[str],
+        stats: Callable[[], EngineStats],
+        more: Sequence[Collector] = (),
+    ) -> None:
         self._stats = stats
         self._started = time.monotonic()
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(stats))
+        for collector in (_EngineCollector(stats), *more):
+            self._registry.register(collector)
         self._responses = self._counter(
             "responses", "Responses that ended, by reason.", "decoder", "finish_reason"
         )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import uvicorn
+from fastapi import APIRouter
+from prometheus_client.registry import Collector
 
 from prefillshare_train.serving.api import EngineClient
 from prefillshare_train.serving.server.app import create_app
@@ -57,9 +59,21 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = True
 
 
-def make_server(engine: EngineClient, drain: Drain, config: ServerConfig) -> DrainingServer:
-    """A server to `run`, over an engine that runs."""
-    app = create_app(engine, config)
+def make_server(
+    engine: EngineClient,
+    drain: Drain,
+    config: ServerConfig,
+    *,
+    routers: Sequence[APIRouter] = (),
+    metrics: Sequence[Collector] = (),
+) -> DrainingServer:
+    """A server to `run`, over an engine that runs.
+
+    Args:
+        routers: further routes of this engine.
+        metrics: further metrics of this engine.
+    """
+    app = create_app(engine, config, routers=routers, metrics=metrics)
     if not is_loopback(config.host):
         _LOG.warning(
             "Listening on %s: whoever has the API key can use the models, and traffic is not "

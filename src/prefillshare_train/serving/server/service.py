@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from prometheus_client.registry import Collector
 from starlette.requests import Request
 
 from prefillshare_train.serving.api import (
@@ -57,10 +58,12 @@ class Service:
         accepting: False from the moment the server drains.
     """
 
-    def __init__(self, engine: EngineClient, config: ServerConfig) -> None:
+    def __init__(
+        self, engine: EngineClient, config: ServerConfig, metrics: Sequence[Collector] = ()
+    ) -> None:
         self.engine = engine
         self.config = config
-        self.metrics = ServerMetrics(engine.decoders, engine.stats)
+        self.metrics = ServerMetrics(engine.decoders, engine.stats, metrics)
         self.prompts = PromptMaker(engine.renderer, config.max_rendering)
         self.token_texts = TokenTexts(engine.renderer)
         self.started = int(time.time())
