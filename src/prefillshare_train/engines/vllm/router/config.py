@@ -105,7 +105,7 @@ class RouterConfig(_Strict):
     max_attempts: int = Field(3, ge=1)
     connect_timeout_s: Seconds = 5.0
     prefill_timeout_s: Seconds = 300.0
-    token_timeout_s: Seconds = 120.0
+    token_timeout_s: Seconds = 300.0
     health_interval_s: Seconds = 2.0
     health_timeout_s: Seconds = 5.0
     server: ServerConfig = Field(default_factory=ServerConfig)
