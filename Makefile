@@ -33,7 +33,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install model demo test vllm-packages vllm-env test-vllm lint bench-attention bench-train bench-serve results docs build clean
+.PHONY: help install model demo test vllm-packages vllm-env test-vllm lint bench-attention bench-train bench-serve bench-vllm results docs build clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,6 +73,10 @@ bench-serve: $(WEIGHTS) ## Measure shared against isolated prefill (QUICK=1: und
 	$(PYTHON) benchmarks/serve.py --model $(MODEL) \
 		$(if $(QUICK),quick,compare ttft one-decoder decoders overload map)
 	$(if $(QUICK),,$(PYTHON) benchmarks/serve_baseline.py --model $(MODEL))
+
+bench-vllm: $(VLLM_INSTALLED) $(WEIGHTS) ## Measure decoders on stock vLLM, prefill shared and not (QUICK=1: ten minutes)
+	$(PYTHON) benchmarks/serve_vllm.py --model $(MODEL) --vllm-python $(VLLM_PYTHON) \
+		$(if $(QUICK),--quick)
 
 results: $(WEIGHTS) ## Train the SmolLM2-135M recipes by both methods and compare them (two hours)
 	$(PYTHON) benchmarks/held_out.py
