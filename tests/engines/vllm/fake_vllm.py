@@ -37,9 +37,9 @@ if "--lora-modules" in options:
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def log_message(self, *a): pass
-    def answer(self, body, code=200):
-        data = json.dumps(body).encode()
-        self.send_response(code)
+    def answer(self, text):
+        data = text.encode()
+        self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -47,11 +47,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/v1/models":
             models = [dict(id=n, object="model", max_model_len=512) for n in names]
-            self.answer(dict(object="list", data=models))
+            self.answer(json.dumps(dict(object="list", data=models)))
         elif self.path == "/metrics":
-            self.answer("")
+            self.answer("process_start_time_seconds 1.0\\n")
         else:
-            self.answer(dict())
+            self.answer("")
 
 ThreadingHTTPServer((value("--host"), int(value("--port"))), Handler).serve_forever()
 """

@@ -73,7 +73,7 @@ def router_files(out: Path) -> dict[str, dict[str, Any]]:
 def test_the_router_takes_its_files(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFILLSHARE_API_KEY", "secret")
     for name, values in router_files(paper).items():
-        file = paper / f"{name}.yaml"
+        file = paper / f"{name}-router.yaml"
         file.write_text(yaml.safe_dump(values, sort_keys=False))
         config = RouterConfig.load(file)
         assert tuple(config.decoders) == FOUR

