@@ -33,6 +33,8 @@ MODES: dict[System, Mode] = {"shared": "shared", "stock": "isolated", "reference
 _PREFILL_TOKENS, _CONTEXT_TOKENS, _RESPONSE_TOKENS = 512, 1024, 64
 _LEAST_PREFILLS = 8
 _CLIENT_S = 600
+# vLLM tells its counters after a step, that is after the last response.
+COUNTERS_S = 1.0
 _PERCENTILES = "50,95,99"
 
 
@@ -101,8 +103,7 @@ async def _drive_both(
             raise SystemExit(f"{point.label}: the warm-up failed: {errors[0]}")
         before = await _counts(server)
         result = await drive(client, workload.sessions(point), options)
-        # vLLM tells its counters once a step, and after the last response there is one more.
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(COUNTERS_S)
         return warm, before, result, await _counts(server)
 
 
