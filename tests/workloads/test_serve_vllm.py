@@ -92,7 +92,7 @@ def test_each_point_is_run_once_and_the_best_caps_are_compared(
         assert stand_in.started[:9] == [*systems.SYSTEMS] * 3
         assert stand_in.started[9:] == ["stock"] * len(rates)
         assert ("base", 512) in stand_in.asked
-        assert ("b", 1025) in stand_in.asked
+        assert ("a", 1025) in stand_in.asked
         assert bench.measure_sessions(loads, options) == (rows, rates)
         assert len(stand_in.started) == 9 + len(rates)
 
