@@ -308,7 +308,9 @@ def main() -> None:
     spec = DecoderSpec.parse(f"{NAME}={options.decoder}")
     contestants = Contestants(options.model, [spec], dtype=dtype)
     [variant] = variants_of(contestants.decoders, None, ())
-    evaluate(contestants, [variant], tasks, options.runs / "eval", Limits(items=count))
+    # Groups of a few prompts, whose answers are kept as they come.
+    limits = Limits(items=count, prefill_tokens=4096)
+    evaluate(contestants, [variant], tasks, options.runs / "eval", limits)
     folders = RunFolder(options.runs / "eval"), RunFolder(options.runs / "endpoint")
     identity = {"sha256": variant.decoder.identity, "dtype": options.dtype}
     folders[1].claim(f"variant {variant.key}", identity)

@@ -53,7 +53,9 @@ class StandIn:
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[str]:
-        server = uvicorn.Server(uvicorn.Config(self.app, port=0, log_level="error"))
+        # A busy machine may leave a connection idle for longer than the usual 5 s.
+        config = uvicorn.Config(self.app, port=0, log_level="error", timeout_keep_alive=60)
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         while not server.started:
