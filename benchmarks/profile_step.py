@@ -28,15 +28,15 @@ from prefillshare_train.evaluation.records import write_json
 
 KINDS = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm", "linear", "mkldnn"),
-    "copies and casts": ("copy_", "_to_copy", "cat", "clone", "index", "fill_", "zero_"),
-    "softmax and loss": ("softmax", "log_softmax", "nll", "logsumexp", "max", "exp", "gather"),
+    "copies and casts": ("copy_", "to_copy", "cat", "clone", "index", "fill_", "zero_"),
+    "softmax and loss": ("softmax", "log_softmax", "logsumexp", "max", "exp_", "gather", "masked"),
     "allocation": ("empty", "resize", "new_", "zeros"),
 }
 
 
 def kind_of(name: str) -> str:
     """Which of `KINDS` an operation belongs to; `elementwise and norms` for the others."""
-    plain = name.removeprefix("aten::")
+    plain = name.removeprefix("aten::").lstrip("_")  # the work of softmax is in _softmax
     for kind, parts in KINDS.items():
         if any(plain == part or plain.startswith(part) for part in parts):
             return kind
