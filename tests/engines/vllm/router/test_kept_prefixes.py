@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from prefillshare_train.engines.vllm.router.kept_prefixes import KeptPrefixes, block_keys
+from prefillshare_train.engines.vllm.router.kept_prefixes import KeptPrefixes, whole_block_keys
 
 
-def keys(*tokens: int, salt: str | None = None) -> tuple[bytes, ...]:
-    return block_keys(tokens, 2, salt)
+def keys(*tokens: int, salt: str | None = None) -> list[str]:
+    return whole_block_keys(tokens, 2, salt)
 
 
 def test_whole_blocks_from_the_beginning() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prefillshare_train.engines.vllm.router.config import RouterConfig
-from prefillshare_train.engines.vllm.router.kept_prefixes import block_keys
+from prefillshare_train.engines.vllm.router.kept_prefixes import whole_block_keys
 from prefillshare_train.engines.vllm.router.metrics import RouterMetrics
 from prefillshare_train.engines.vllm.router.replicas import Fleet, Replica
 from prefillshare_train.engines.vllm.router.upstream import Upstream, UpstreamError
@@ -74,7 +74,7 @@ class Answer:
         config = shared.config
         pool = config.decoders[request.decoder]
         self._model = pool.model or request.decoder
-        self._keys = block_keys(request.prompt_ids, config.block_tokens, request.cache_salt)
+        self._keys = whole_block_keys(request.prompt_ids, config.block_tokens, request.cache_salt)
         self._submitted = time.monotonic()
         self._prefill_began: float | None = None
         self._first_token: float | None = None

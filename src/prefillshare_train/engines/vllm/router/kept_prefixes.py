@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
-Key = bytes
+from prefillshare_train.engines.vllm.store_keys import block_keys
+
+Key = str
 
 
-def block_keys(
+def whole_block_keys(
     prompt_ids: Sequence[int], block_tokens: int, cache_salt: str | None
-) -> tuple[Key, ...]:
+) -> list[Key]:
     """Keys of a prompt's whole blocks; each names the prompt up to its block's end."""
-    key = hashlib.sha256((cache_salt or "").encode()).digest()
-    keys: list[Key] = []
-    for end in range(block_tokens, len(prompt_ids) + 1, block_tokens):
-        block = array("q", prompt_ids[end - block_tokens : end])
-        key = hashlib.sha256(key + block.tobytes()).digest()
-        keys.append(key)
-    return tuple(keys)
+    # No namespace: all replicas of the pool run one base.
+    keys = block_keys("", prompt_ids, block_tokens, cache_salt)
+    return keys[: len(prompt_ids) // block_tokens]
 
 
 class KeptPrefixes:
