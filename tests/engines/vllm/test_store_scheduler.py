@@ -152,8 +152,24 @@ def test_all_but_the_last_token_come_from_the_store(store: BlockStore) -> None:
         worker.load(work)
         assert layers["layer1"][4:7].eq(6.0).all()
         assert layers["layer1"][7:].eq(1.0).all()
+        assert list(store._folder.glob("*.tmp")) == [], "loans are given back"
     assert half.counts["hit_requests"] == 2
     assert half.counts["loaded_tokens"] == 20
+
+
+def test_a_block_that_goes_between_being_found_and_lent_is_sent_itself(store: BlockStore) -> None:
+    half = scheduler(store)
+    prefill(half, store)
+    request = FakeRequest("r", TOKENS, "a")
+    half.add(request)
+    assert half.matched(request, 0) == 10
+    store._evict(0)
+    half.allocated(request, [4, 5, 6], 10)
+    worker = StoreWorker(store, BLOCKS)
+    layers = caches(0.0)
+    worker.register(layers)
+    worker.load(step(half, {}, r=(10, 1)))
+    assert layers["layer0"][4:7].eq(5.0).all()
 
 
 def test_blocks_that_vllm_holds_are_not_loaded_again(store: BlockStore) -> None:

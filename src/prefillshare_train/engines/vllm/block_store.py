@@ -4,6 +4,7 @@
     ROOT/writers/ID                held locked by a running process; unlocked once it is gone
     ROOT/NAMESPACE/KEY.safetensors a block: written beside under the writer's name, then renamed
     ROOT/NAMESPACE/KEY.pending     names the writer that is prefilling this prompt
+    ROOT/NAMESPACE/ID-RANDOM.tmp   a block that is being written, or that is lent to a worker
 
 The budget holds for the blocks; each writer has one more under way at most.
 A block is whole or absent. Readers map files, so a block that is evicted while it is read stays
@@ -106,7 +107,7 @@ class BlockStore:
         path = self._path(key)
         if path.exists():
             return True
-        beside = self._folder / f"{self.id}-{uuid.uuid4().hex}{_UNFINISHED}"
+        beside = self._beside()
         about = {"key": key, "crc32": str(_crc32(block)) if self._checksums else ""}
         try:
             save_file({"kv": block}, beside, metadata=about)
@@ -167,11 +168,32 @@ class BlockStore:
             self._remove(path)
         return None
 
+    def lend(self, key: str) -> Path | None:
+        """A second name of a block, under which another process finds it whatever is evicted.
+
+        Returns:
+            The file, for `take`; None where the block is gone, or files here have one name only.
+        """
+        loan = self._beside()
+        try:
+            os.link(self._path(key), loan)
+        except OSError:
+            return None
+        return loan
+
+    @staticmethod
+    def take(loan: Path) -> Tensor:
+        """Read a block that was lent, and give the name back."""
+        with safe_open(str(loan), "pt") as opened:
+            block: Tensor = opened.get_tensor("kv")
+        loan.unlink()
+        return block
+
     # Prompts in flight
 
     def begin(self, key: str) -> None:
         """Say that this process is prefilling the prompt whose last block has this key."""
-        beside = self._folder / f"{self.id}-{uuid.uuid4().hex}{_UNFINISHED}"
+        beside = self._beside()
         with contextlib.suppress(OSError):  # who finds no mark misses instead of waiting
             beside.write_text(self.id)
             beside.rename(self._mark(key))
@@ -196,6 +218,10 @@ class BlockStore:
         return writer == self.id or self._runs(writer)
 
     # Files
+
+    def _beside(self) -> Path:
+        """A name that nobody has, which `_clean` removes once this process is gone."""
+        return self._folder / f"{self.id}-{uuid.uuid4().hex}{_UNFINISHED}"
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}{_BLOCK}"

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -27,14 +28,15 @@ class Work:
     """What the worker does with blocks of one step.
 
     Attributes:
-        loads: (block id, K/V of all layers) to copy in before the step.
+        loads: (block id, K/V of all layers) to copy in before the step; a file that was lent, or
+            the K/V themselves where none could be.
         stores: (key, block id) to keep after it.
         unfilled: ids of blocks that were promised to a request and are not there; it must fail.
         ended: keys of the prompts that are complete with this step.
         writer: who began them, for `BlockStore.end`.
     """
 
-    loads: list[tuple[int, Tensor]] = field(default_factory=list)
+    loads: list[tuple[int, Path | Tensor]] = field(default_factory=list)
     stores: list[tuple[str, int]] = field(default_factory=list)
     unfilled: set[int] = field(default_factory=set)
     ended: list[str] = field(default_factory=list)
@@ -224,11 +226,16 @@ class StoreScheduler:
                 self._work.unfilled.update(block_ids[first:end])
             return
         if loaded_tokens:
-            loads = list(zip(block_ids[plan.first :], blocks, strict=False))
-            self._work.loads += loads
+            # vLLM copies what goes to a worker of another process: files are lent in place of K/V.
+            self._work.loads += [
+                (block_id, self._store.lend(key) or block)
+                for block_id, key, block in zip(
+                    block_ids[plan.first :], plan.keys[plan.first :], blocks, strict=False
+                )
+            ]
             self.counts["loaded_tokens"] += loaded_tokens
-            self.counts["loaded_blocks"] += len(loads)
-            self.counts["loaded_bytes"] += sum(block.nbytes for _, block in loads)
+            self.counts["loaded_blocks"] += len(blocks)
+            self.counts["loaded_bytes"] += sum(block.nbytes for block in blocks)
         if plan.base_length is not None and not plan.counted:
             plan.counted = True
             self.counts["hit_requests"] += 1

@@ -45,7 +45,8 @@ class StoreWorker:
 
     def load(self, work: Work) -> None:
         """Fill blocks before a step."""
-        for block_id, block in work.loads:
+        for block_id, found in work.loads:
+            block = found if isinstance(found, Tensor) else self._store.take(found)
             for layer, kept in zip(self._layers, block, strict=True):
                 layer[block_id].copy_(kept)
 
