@@ -18,37 +18,28 @@ PROMPT = [5, 6, 7]
 CLAIM = Claim(prefill="p-1", claimer="d-1/r-1", prompt=prompt_digest(PROMPT), blocks=[[3, 4]])
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def book(clock: Clock) -> TicketBook:
-    made = TicketBook(clock)
-    made.issue("p-1", prompt_digest(PROMPT), ([3, 4],), until=130.0)
+def book() -> TicketBook:
+    made = TicketBook()
+    made.issue("p-1", prompt_digest(PROMPT), ([3, 4],))
     return made
 
 
-def test_a_prefill_is_granted_once_with_the_time_that_is_left(
-    book: TicketBook, clock: Clock
-) -> None:
-    clock.now = 110.0
-    assert book.answer(CLAIM) == Grant(seconds=20.0)
+def test_a_prefill_is_granted_to_one(book: TicketBook) -> None:
+    assert book.answer(CLAIM) == Grant()
     second = book.answer(replace(CLAIM, claimer="d-2/r-9"))
     assert "handed to d-1/r-1" in second.refusal
-    assert second.seconds == 0
 
 
-def test_a_claim_whose_answer_was_lost_can_be_repeated(book: TicketBook) -> None:
+def test_a_read_that_the_blocks_did_not_outlast_is_seen_by_its_second_claim(
+    book: TicketBook,
+) -> None:
+    assert not book.answer(CLAIM).refusal
+    book.withdraw("p-1")
+    assert "not held here" in book.answer(CLAIM).refusal
+
+
+def test_the_same_claimer_is_granted_again(book: TicketBook) -> None:
     assert not book.answer(CLAIM).refusal
     assert not book.answer(CLAIM).refusal
 
@@ -69,11 +60,6 @@ def test_nothing_is_granted_once_the_blocks_are_free(book: TicketBook) -> None:
     book.withdraw("p-1")  # unknown ones are no error
 
 
-def test_nothing_is_granted_after_the_time(book: TicketBook, clock: Clock) -> None:
-    clock.now = 130.0
-    assert "is up" in book.answer(CLAIM).refusal
-
-
 def test_of_many_at_once_one_is_granted(book: TicketBook) -> None:
     claims = [replace(CLAIM, claimer=f"d/{i}") for i in range(64)]
     with ThreadPoolExecutor(16) as pool:
@@ -83,7 +69,7 @@ def test_of_many_at_once_one_is_granted(book: TicketBook) -> None:
 
 def test_claims_and_grants_survive_the_wire() -> None:
     assert Claim.decode(CLAIM.encode()) == CLAIM
-    for grant in (Grant(seconds=2.5), Grant(refusal="no")):
+    for grant in (Grant(), Grant(refusal="no")):
         assert Grant.decode(grant.encode()) == grant
 
 

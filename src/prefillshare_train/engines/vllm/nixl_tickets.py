@@ -2,9 +2,9 @@
 
 NIXL reads are one-sided: the base does not see a read before it has ended, and stock vLLM lets a
 decoder read blocks that were freed and given to another prompt since, without an error. So a
-decoder first claims the prefill that it was sent to. The base grants a claim once, for the very
-prompt that it prefilled, and says how long the blocks stay; a read that has not ended by then does
-not count.
+decoder claims the prefill that it was sent to before it reads, and again after: the base grants
+claims of one claimer only, for the very prompt that it prefilled, and none once it lets go of the
+blocks. What was granted before and after a read was whole all the while.
 
 Nothing here imports vLLM.
 """
@@ -14,8 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,7 +33,7 @@ class Claim:
 
     Attributes:
         prefill: the base's id of the request.
-        claimer: instance and request that want to read; a repeated claim of theirs is no second.
+        claimer: instance and request that want to read; all their claims are one.
         prompt: `prompt_digest` of the decoder's prompt.
         blocks: ids of the base's blocks that it was told, a list for each group.
     """
@@ -66,11 +65,9 @@ class Grant:
     """The base's answer.
 
     Attributes:
-        seconds: how long the blocks surely stay, from before this was sent on; 0 if refused.
-        refusal: why not; empty where it is granted.
+        refusal: why not; empty where the claim is granted.
     """
 
-    seconds: float = 0.0
     refusal: str = ""
 
     def encode(self) -> bytes:
@@ -94,35 +91,28 @@ class Grant:
 class _Ticket:
     prompt: str
     blocks: list[list[int]]
-    until: float
     claimer: str | None = None
 
 
 class TicketBook:
-    """The prefills whose K/V wait to be read. Thread-safe.
+    """The prefills whose K/V wait to be read. Thread-safe."""
 
-    Args:
-        clock: seconds, the same that the blocks' leases are measured by.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._tickets: dict[str, _Ticket] = {}
 
-    def issue(self, prefill: str, prompt: str, blocks: Any, until: float) -> None:
+    def issue(self, prefill: str, prompt: str, blocks: Any) -> None:
         """Let a finished prefill be read.
 
         Args:
             blocks: its block ids, a sequence for each group.
-            until: on the clock; its blocks are not freed earlier, but by a reader that has ended.
         """
-        ticket = _Ticket(prompt, [list(group) for group in blocks], until)
+        ticket = _Ticket(prompt, [list(group) for group in blocks])
         with self._lock:
             self._tickets[prefill] = ticket
 
     def withdraw(self, prefill: str) -> None:
-        """Grant nothing any more: the blocks are free."""
+        """Grant nothing any more. To be called before the blocks can be given to another prompt."""
         with self._lock:
             self._tickets.pop(prefill, None)
 
@@ -132,22 +122,19 @@ class TicketBook:
             ticket = self._tickets.get(claim.prefill)
             if ticket is None:
                 return Grant(
-                    refusal="its K/V are not held here: they were read already, their time is up, "
-                    "or this instance was started since. Prefill again"
+                    "its K/V are not held here: they were read already, their time is up, or this "
+                    "instance was started since. Prefill again"
                 )
             if ticket.claimer not in (None, claim.claimer):
                 return Grant(
-                    refusal=f"its K/V were handed to {ticket.claimer}; each prefill is good for "
-                    "one decode. Prefill again"
+                    f"its K/V were handed to {ticket.claimer}; each prefill is good for one "
+                    "decode. Prefill again"
                 )
             if claim.prompt != ticket.prompt:
                 return Grant(
-                    refusal="another prompt was prefilled: the token ids of the two requests differ"
+                    "another prompt was prefilled: the token ids of the two requests differ"
                 )
             if claim.blocks != ticket.blocks:
-                return Grant(refusal="remote_block_ids are not those of this prefill")
-            seconds = ticket.until - self._clock()
-            if seconds <= 0:
-                return Grant(refusal="the time in which its K/V are held is up. Prefill again")
+                return Grant("remote_block_ids are not those of this prefill")
             ticket.claimer = claim.claimer
-            return Grant(seconds=seconds)
+            return Grant()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import signal
 import subprocess
@@ -11,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-
-import httpx
+from urllib.parse import urlsplit
 
 from prefillshare_train.engines.vllm.errors import VllmError
 
@@ -97,12 +97,18 @@ class ServerProcess:
 
     def is_ready(self) -> bool:
         """Whether it runs and answers its health check with 200."""
+        # The standard library's client: others load certificates each time, which this never needs.
+        where = urlsplit(self.url)
+        connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=2.0)
         try:
-            answer = httpx.get(f"{self.url}/health", timeout=2.0, trust_env=False)
-        except httpx.HTTPError:
+            connection.request("GET", "/health")
+            answered = connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
             return False
+        finally:
+            connection.close()
         # An answer may come from a stranger on that port, while ours failed to bind it.
-        return answer.is_success and self._process is not None and self.exit_code() is None
+        return answered and self._process is not None and self.exit_code() is None
 
     def require_running(self) -> None:
         """Check that it has not ended.
