@@ -7,11 +7,13 @@ Run by the Python of .venv-vllm. Where vLLM is not installed nothing here is col
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["*"]
 else:
-    from tests.vllm.models import Models, make_models
+    from tests.vllm.calls import Deployment
+    from tests.vllm.models import FULL, Models, make_models
 
     from prefillshare_train.engines.vllm.instance import Instance, InstanceOptions
     from prefillshare_train.engines.vllm.process import wait_until_ready
@@ -30,7 +33,12 @@ else:
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASE = REPOSITORY / ".cache" / "models" / "smollm2-135m-instruct"
 READY_S = 240
-Launch = Callable[..., list["Instance"]]
+LEASE_S = 20
+"""For how long the base holds K/V that nobody reads."""
+CHUNKED = ("--max-num-batched-tokens", "64", "--max-num-seqs", "16")
+# Around the edges of blocks of 32; from 65 on, the base prefills in chunks of 64 tokens.
+LENGTHS = (1, 2, 31, 32, 33, 34, 63, 64, 65, 96, 129, 200)
+GUARD = "prefillshare_train.engines.vllm.guard.DecoderGuard"
 
 
 @pytest.fixture(scope="session")
@@ -47,27 +55,63 @@ def log_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("logs")
 
 
-@pytest.fixture(scope="module")
-def launch(log_folder: Path, request: pytest.FixtureRequest) -> Iterator[Launch]:
-    """Start servers together, ready for requests; they are stopped after the module."""
-    started: list[Instance] = []
-    module = request.module.__name__.rpartition(".")[2]
+class Launcher:
+    """Starts servers, and stops all that it started."""
 
-    def start(*options: InstanceOptions, ready: bool = True) -> list[Instance]:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._started: list[Instance] = []
+
+    def __call__(self, *options: InstanceOptions, ready: bool = True) -> list[Instance]:
+        """Start servers together; ready for requests unless told otherwise."""
         new = []
         for one in options:
-            log = log_folder / f"{module}-{one.served_name}-{one.port}.log"
-            instance = Instance(one, python=sys.executable, log=log)
-            started.append(instance)
-            new.append(instance)
-            instance.start()
+            log = self._folder / f"{one.served_name}-{one.port}.log"
+            new.append(Instance(one, python=sys.executable, log=log))
+            self._started.append(new[-1])
+            new[-1].start()
         if ready:
             wait_until_ready(new, timeout_s=READY_S)
         return new
 
-    yield start
-    for instance in started:
-        instance.stop()
+    def stop(self) -> None:
+        """Stop what is left, together: who interrupts the tests may not wait for long."""
+        with ThreadPoolExecutor(max(1, len(self._started))) as pool:
+            list(pool.map(lambda instance: instance.stop(grace_s=5), self._started))
+
+
+@pytest.fixture(scope="module")
+def launch(log_folder: Path) -> Iterator[Launcher]:
+    """Start servers that are stopped after the module."""
+    launcher = Launcher(log_folder)
+    with contextlib.ExitStack() as stack:
+        stack.callback(launcher.stop)
+        yield launcher
+
+
+@pytest.fixture(scope="session")
+def prompts(models: Models) -> dict[int, list[int]]:
+    """Prompts by length, with the full decoders' answers to them made together and beforehand."""
+    made = {length: prompt_of(models, length, seed=length) for length in LENGTHS}
+    for name in FULL:
+        models.answers(name, list(made.values()))
+        models.answers_by_sharing(name, made[64], block=32)
+    return made
+
+
+@pytest.fixture(scope="session")
+def nixl(models: Models, prompts: object, log_folder: Path) -> Iterator[Deployment]:
+    """A base and two decoders over NIXL, for all tests; `ada` is guarded and `bob` is not."""
+    launcher = Launcher(log_folder)
+    with contextlib.ExitStack() as stack:
+        stack.callback(launcher.stop)
+        options = [
+            nixl_server(models.base, "base", producer=True, cores=core(0), extra=CHUNKED),
+            nixl_server(models.folders["ada"], "ada", models=models, middleware=(GUARD,)),
+            nixl_server(models.folders["bob"], "bob", models=models),
+        ]
+        base, ada, bob = launcher(*options)
+        yield Deployment(base, {"ada": ada, "bob": bob})
 
 
 def free_ports(count: int) -> list[int]:
@@ -94,6 +138,33 @@ def server(model: Path | str, name: str, **values: Any) -> InstanceOptions:
         "environment": {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "INFO"},
     }
     return InstanceOptions(model=str(model), served_name=name, **(settings | values))
+
+
+def core(index: int) -> str:
+    """A core to bind a server to, for `cores`."""
+    return str(min(index, (os.cpu_count() or 1) - 1))
+
+
+def nixl_server(
+    model: Path, name: str, *, producer: bool = False, models: Models | None = None, **values: Any
+) -> InstanceOptions:
+    """Options of a server on the NIXL route; a decoder's, unless it is the producer."""
+    extra: dict[str, Any] = {"kv_lease_duration": LEASE_S, "num_threads": 1}
+    if models is not None:
+        extra["base"] = str(models.base)
+    transfer = {
+        "kv_connector": "PrefillShareNixlConnector",
+        "kv_role": "kv_producer" if producer else "kv_consumer",
+        "kv_buffer_device": "cpu",
+        "kv_connector_extra_config": extra,
+    }
+    settings: dict[str, Any] = {
+        "kv_transfer": transfer,
+        "nixl_port": free_ports(1)[0],
+        "prefix_caching": producer,
+        "cores": core(1),
+    }
+    return server(model, name, **(settings | values))
 
 
 def shared_text(seed: int) -> str:

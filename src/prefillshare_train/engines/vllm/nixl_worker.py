@@ -42,6 +42,8 @@ class ClaimingWorker(NixlPullConnectorWorker):
         claim_timeout_s: how long to wait for an answer to a claim.
     """
 
+    nixl_wrapper: Any
+
     def __init__(
         self, vllm_config: Any, engine_id: str, kv_cache_config: Any, claim_timeout_s: float
     ) -> None:
