@@ -190,3 +190,12 @@ def prompt_of(models: Models, length: int, seed: int = 0) -> list[int]:
 def as_text(models: Models, ids: Sequence[int]) -> str:
     """Token ids as text, for messages."""
     return str(models.tokenizer.decode(list(ids)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever needs servers that speak NIXL is left out unless asked for."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if "nixl" in fixtures or "nixl" in item.path.name:
+            item.add_marker(pytest.mark.nixl)

@@ -76,7 +76,8 @@ class InstanceOptions:
         if self.enforce_eager:
             given += ["--enforce-eager"]
         if self.lora:
-            given += ["--enable-lora", "--max-loras", str(len(self.lora)), "--lora-modules"]
+            # One slot more than adapters: see `Roles` on vLLM's build for CPU.
+            given += ["--enable-lora", "--max-loras", str(len(self.lora) + 1), "--lora-modules"]
             given += [f"{name}={folder}" for name, folder in self.lora.items()]
         if self.kv_transfer is not None:
             given += ["--kv-transfer-config", json.dumps(self.kv_transfer, sort_keys=True)]
