@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig
 
 from prefillshare_train.core.boundary import BoundaryRule
 from prefillshare_train.core.contract import Contract, ContractError
 from prefillshare_train.core.decoder_set import DecoderSet
 from prefillshare_train.core.modules import PrefillModule
-from prefillshare_train.data import Renderer, make_renderer, saved_renderer
+from prefillshare_train.data import Renderer, base_renderer, saved_renderer
 from prefillshare_train.evaluation.task import EvaluationError
 
 BASE = "base"
@@ -164,15 +163,7 @@ class Contestants:
                         "with; leave it out"
                     )
                 return saved_renderer(spec.folder, contracts[spec.name].prompt)
-        try:
-            ends = GenerationConfig.from_pretrained(base, revision=revision or "main").eos_token_id
-        except OSError:
-            ends = None
-        return make_renderer(
-            AutoTokenizer.from_pretrained(base, revision=revision),
-            chat_template=chat_template,
-            end_token_ids=[ends] if isinstance(ends, int) else list(ends or []),
-        )
+        return base_renderer(base, revision, chat_template)
 
     @contextlib.contextmanager
     def running(self, decoder: Decoder) -> Iterator[nn.Module]:
