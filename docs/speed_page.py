@@ -79,11 +79,17 @@ def _profile() -> list[str]:
     found = _read("profile_step.json")
     if not found:
         return []
-    kinds = sorted({kind for row in found["rows"] for kind in row["seconds"]})
+    kinds = {
+        "matrix products": ("matrix products",),
+        "elementwise, norms, softmax": ("elementwise and norms", "softmax and loss"),
+        "copies and casts": ("copies and casts",),
+        "rest": ("allocation", "autograd"),
+    }
     rows = []
     for row in found["rows"]:
         whole = sum(row["seconds"].values())
-        shares = [f"{row['seconds'].get(kind, 0) / whole:.0%}" for kind in kinds]
+        parts = [sum(row["seconds"].get(kind, 0) for kind in of) for of in kinds.values()]
+        shares = [f"{part / whole:.0%}" for part in parts]
         names = [row["dtype"], ADAPTERS[row["adapter"]], NAMES[row["method"]]]
         rows.append([*names, f"{whole:.2f}", *shares])
     return [
