@@ -137,7 +137,7 @@ def test_nothing_is_padded() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "logit_error", "gradient_error"),
-    [(torch.float32, 2e-6, 2e-5), (torch.float64, 1e-12, 1e-11)],
+    [(torch.float32, 5e-6, 5e-5), (torch.float64, 1e-12, 1e-11)],
     ids=["float32", "float64"],
 )
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "qwen3_moe"])
