@@ -112,14 +112,33 @@ def _decoders() -> list[str]:
     found = _read("multi_decoder.json")
     if not found:
         return []
+    rows = [
+        [
+            row["dtype"],
+            str(row["batch"]),
+            f"{row['separate_s']:.1f}",
+            f"{row['together_s']:.1f}",
+            f"{row['speedup']:.2f}",
+            f"{row['bound']:.2f}",
+            f"{row['share_of_bound']:.0%}",
+            str(row["prefill_gflops"]),
+            str(row["decoder_gflops"]),
+        ]
+        for row in found["rows"]
+    ]
+    header = ["dtype", "batch", "s one by one", "s on one prefill", "times as fast", "bound"]
+    header += ["of the bound", "GFLOP/s, prefill", "GFLOP/s, decoder"]
     return [
         "## Several decoders on one prefill",
         f"`python benchmarks/multi_decoder.py`: {found['decoders']} LoRA decoders on "
-        f"{found['prompt']} prompt and {found['response']} response tokens, batches of "
-        f"{found['batch']}, bfloat16. {found['separate_s']:.0f} s one after another, "
-        f"{found['together_s']:.0f} s on one prefill: {found['speedup']:.2f} times as fast, of at "
-        f"most {found['bound']:.2f} by FLOPs ({found['share_of_bound']:.0%}).",
+        f"{found['prompt']} prompt and {found['response']} response tokens a conversation. Seconds "
+        f"are of a step of all decoders, medians of {found['rounds']} interleaved rounds. The "
+        "bound is by FLOPs: it takes for granted that a FLOP of a decoder takes as long as one of "
+        "the prefill. A decoder runs few tokens in many small operations. Where the processor "
+        "multiplies matrices fast (bfloat16, with instructions for it) what each operation costs "
+        "by itself shows, and less so in larger batches: the two rates say how far.",
         f"Measured on {found['machine']}.",
+        _table(header, rows, texts=1),
     ]
 
 

@@ -104,6 +104,20 @@ def test_comparison_is_of_the_best_caps(figures: Any) -> None:
     assert figures.comparison(figures.best_caps(rows[:2]), rates) is None
 
 
+def test_a_lucky_single_run_does_not_win_against_a_median(figures: Any) -> None:
+    rows = [
+        row("stock", 1, 50.0),
+        row("stock", 2, 40.0, repeats=3),
+        row("shared", 1, 60.0, repeats=3),
+        row("shared", 2, 70.0),
+    ]
+    found = figures.best_caps(rows)
+    assert {system: best["max_sessions"] for system, best in found.items()} == {
+        "stock": 2,
+        "shared": 1,
+    }
+
+
 def test_repeats_give_medians_and_the_sum_of_errors(figures: Any) -> None:
     repeats = [row("stock", 4, speed, errors=n) for n, speed in enumerate([10.0, 30.0, 20.0])]
     found = figures.merged(repeats)

@@ -158,6 +158,7 @@ class Event:
         stop_reason: the stop string, or the stop token's id, that ended it; None for EOS.
         error: what went wrong, for people.
         usage: set in the last event.
+        invalid: the error lies in what was asked for; asking again brings it again.
     """
 
     request_id: str
@@ -168,6 +169,7 @@ class Event:
     stop_reason: str | int | None = None
     error: str | None = None
     usage: Usage | None = None
+    invalid: bool = False
 
 
 EventSink = Callable[[Event], None]

@@ -129,6 +129,8 @@ async def _disconnect(receive: Receive) -> None:
 
 
 def _raise_failure(event: Event) -> None:
+    if event.finish_reason == "error" and event.invalid:
+        raise ApiError(400, event.error or "the request was refused", code="invalid_request")
     if event.finish_reason == "error":
         raise ApiError(500, event.error or "the engine failed", code="engine_error")
     if event.finish_reason == "cancelled":

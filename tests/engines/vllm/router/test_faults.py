@@ -92,12 +92,17 @@ def test_tries_are_bounded() -> None:
         assert running.pools["math"][0].calls == []
 
 
-@pytest.mark.parametrize("fault", [400, 404, "garbage"])
-def test_what_would_be_refused_again_is_not_tried_again(fault: str | int) -> None:
+@pytest.mark.parametrize(
+    ("fault", "status"), [(400, 400), (413, 400), (422, 400), (404, 500), ("garbage", 500)]
+)
+def test_what_would_be_refused_again_is_not_tried_again(fault: str | int, status: int) -> None:
+    """A request that vLLM finds invalid is the client's fault; any other refusal is ours."""
     with deploy() as running:
         running.prefill[0].faults.append(fault)
         answer = running.chat()
-        assert answer.status_code == 500
+        assert answer.status_code == status
+        kind = "invalid_request_error" if status == 400 else "server_error"
+        assert answer.json()["error"]["type"] == kind
         assert running.prefill[0].address in answer.json()["error"]["message"]
         assert len(running.prefill[0].calls) == 1
 

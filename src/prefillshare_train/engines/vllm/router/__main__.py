@@ -17,6 +17,8 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m prefillshare_train.engines.vllm.router FILE", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # A line for each health check of each instance would bury the rest.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         run_router(RouterConfig.load(Path(arguments[0])))
     except VllmError as error:

@@ -93,7 +93,8 @@ class Answer:
             self.give_up()
         except (UpstreamError, _NoReplicaError) as error:
             _LOG.warning("%s: %s", self._request.request_id, error)
-            self._end("error", error=str(error))
+            at_fault = isinstance(error, UpstreamError) and error.failure == "invalid"
+            self._end("error", error=str(error), invalid=at_fault)
         except Exception:
             _LOG.exception("%s failed", self._request.request_id)
             self._end("error", error="internal error of the router")
@@ -112,8 +113,9 @@ class Answer:
                     return
                 self._note(error)
                 last = attempt == shared.config.max_attempts
+                final = error.failure in ("refused", "invalid")
                 # Tokens that are out cannot be taken back, and another try might go on otherwise.
-                if error.failure == "refused" or self._count or last:
+                if final or self._count or last:
                     raise
                 shared.metrics.retries.labels(request.decoder, error.failure).inc()
                 _LOG.info("%s: try %d failed: %s", request.request_id, attempt, error)
@@ -212,6 +214,7 @@ class Answer:
         stop_reason: str | int | None = None,
         *,
         error: str | None = None,
+        invalid: bool = False,
     ) -> None:
         if self.usage is not None:
             return
@@ -228,6 +231,7 @@ class Answer:
                 stop_reason,
                 error,
                 self.usage,
+                invalid,
             )
         )
 

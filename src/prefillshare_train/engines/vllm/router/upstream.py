@@ -23,11 +23,12 @@ _PATH = "/v1/completions"
 # Below vLLM's own 5 s: a connection that it closes as a request is sent looks like a dead instance.
 _KEEP_ALIVE_S = 2.0
 _MAX_MESSAGE = 300
-_FINAL = frozenset({400, 401, 403, 404, 413, 422})
+_INVALID = frozenset({400, 413, 422})
+_FINAL = frozenset({401, 403, 404})
 _DATA = "data:"
 _DONE = "[DONE]"
 
-Failure = Literal["dead", "timeout", "failed", "refused"]
+Failure = Literal["dead", "timeout", "failed", "refused", "invalid"]
 
 
 class UpstreamError(Exception):
@@ -37,7 +38,7 @@ class UpstreamError(Exception):
         replica: which one.
         failure: `dead`: the connection failed or broke. `timeout`: nothing came in time. `failed`:
             it answered with an error that another try may not meet. `refused`: it would refuse
-            this request again.
+            this request again. `invalid`: any instance would, for what the client asked.
     """
 
     def __init__(self, replica: Replica, failure: Failure, message: str) -> None:
@@ -145,7 +146,11 @@ def _check(replica: Replica, status: int, content: bytes) -> None:
     if status == 200:
         return
     message = error_message(_json(content)) or content.decode(errors="replace")
-    failure: Failure = "refused" if status in _FINAL else "failed"
+    failure: Failure = "failed"
+    if status in _INVALID:
+        failure = "invalid"
+    elif status in _FINAL:
+        failure = "refused"
     raise UpstreamError(replica, failure, f"HTTP {status}: {message[:_MAX_MESSAGE]}")
 
 
