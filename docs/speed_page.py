@@ -154,9 +154,9 @@ def _long_prompt() -> list[str]:
         rows.append([title, measured, f"{case['estimated_mib']:,}", seconds])
     return [
         "## A long prompt",
-        f"`python benchmarks/long_prompt.py`: LoRA on SmolLM2-135M, one row of {found['prompt']:,} "
-        f"prompt and {found['response']} response tokens, activation checkpointing, the base in "
-        f"chunks of {found['budget_mib']:.0f} MiB of activations.",
+        "`OMP_NUM_THREADS=2 python benchmarks/long_prompt.py`: LoRA on SmolLM2-135M, one row of "
+        f"{found['prompt']:,} prompt and {found['response']} response tokens, activation "
+        f"checkpointing, the base in chunks of {found['budget_mib']:.0f} MiB of activations.",
         f"Measured on {found['machine']}.",
         _table(["", "measured peak MiB", "estimated MiB", "seconds with loading"], rows, texts=1),
     ]
