@@ -195,13 +195,13 @@ class Bench:
         speedup = self.options.decoders * statistics.median(ratios)
         return {
             **asdict(self.setting),
-            "separate_s": round(separate, 3),
-            "together_s": round(at_once, 3),
-            "speedup": round(speedup, 3),
-            "bound": round(bound, 3),
-            "share_of_bound": round(speedup / bound, 3),
-            "prefill_gflops": round(flops.prefill / prefill / 1e9),
-            "decoder_gflops": round(flops.decoder / decoder / 1e9),
+            "separate_s": separate,
+            "together_s": at_once,
+            "speedup": speedup,
+            "bound": bound,
+            "share_of_bound": speedup / bound,
+            "prefill_gflops": flops.prefill / prefill / 1e9,
+            "decoder_gflops": flops.decoder / decoder / 1e9,
         }
 
 

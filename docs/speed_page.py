@@ -121,8 +121,8 @@ def _decoders() -> list[str]:
             f"{row['speedup']:.2f}",
             f"{row['bound']:.2f}",
             f"{row['share_of_bound']:.0%}",
-            str(row["prefill_gflops"]),
-            str(row["decoder_gflops"]),
+            f"{row['prefill_gflops']:.0f}",
+            f"{row['decoder_gflops']:.0f}",
         ]
         for row in found["rows"]
     ]

@@ -14,8 +14,8 @@ def release_workers() -> None:
 
     Every thread that runs a parallel operation gets workers of its own and keeps them. Once a
     process has more of them than the machine has cores, GNU's runtime, which torch brings, lets
-    all of them sleep where they would spin: every short operation then takes two to three times
-    as long, also where the threads only take turns. A thread that hands its work to another calls
+    all of them sleep where they would spin: every short operation then waits for them to wake up,
+    also where the threads only take turns. A thread that hands its work to another calls
     this first. Does nothing where the runtime has no `omp_pause_resource_all` (OpenMP 5.0).
     """
     pause = _pause()
