@@ -5,7 +5,8 @@
 Measured is resident memory at its highest, less that of the interpreter and libraries (on CUDA: the
 allocator's peak). glibc keeps freed blocks for later use, which is no memory that a step needs: the
 measuring processes run with MALLOC_* variables that have it return them. Writes
-benchmarks/results/memory_estimate.json; exits with 1 where an estimate is off by more than 15 %.
+benchmarks/results/memory_estimate.json, where other models' cases stay; exits with 1 where an
+estimate is off by more than 15 %.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from prefillshare_train.workloads.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "memory_estimate.json"
 TOLERANCE = 0.15
@@ -40,6 +43,17 @@ CASES: dict[str, dict[str, Any]] = {
         "training": {"prefill_memory_mib": 8},
     },
 }
+# A micro-batch of recipes/paper.yaml, 1024 tokens of which half are prompt.
+PAPER = {"bf16": True, "activation_checkpointing": True, "gradient_accumulation_steps": 2}
+GPU_CASES: dict[str, dict[str, Any]] = {
+    "paper-full": {"decoder": FULL, "lengths": [512, 512, 1], "training": PAPER},
+    "paper-lora": {
+        "decoder": {"adapter": "lora", "lora": {"r": 32, "target_modules": "all-linear"}},
+        "lengths": [512, 512, 1],
+        "training": PAPER,
+    },
+}
+ALL_CASES = CASES | GPU_CASES
 QUICK = ("lora", "full", "lora-full_prompt")
 
 
@@ -166,16 +180,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=".cache/models/smollm2-135m-instruct")
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} only")
-    parser.add_argument("--cases", nargs="*", choices=CASES)
+    parser.add_argument("--cases", nargs="*", choices=ALL_CASES)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    results, worst = {}, 0.0
+    results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    worst = 0.0
+    model = Path(options.model).name
     for name in options.cases or (QUICK if options.quick else CASES):
-        parts = estimated(options.model, CASES[name])
-        guess, real = sum(parts.values()) / 2**20, measured(options.model, CASES[name])
+        case = ALL_CASES[name]
+        parts = estimated(options.model, case)
+        guess, real = sum(parts.values()) / 2**20, measured(options.model, case)
         off = guess / real - 1
         worst = max(worst, abs(off))
-        results[name] = {
+        results[f"{model} {name}"] = {
+            "machine": machine(),
             "estimated_mib": round(guess),
             "measured_mib": round(real),
             "off": round(off, 3),

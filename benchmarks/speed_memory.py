@@ -1,4 +1,7 @@
-"""Peak memory of one method's training step, in a process that has run no other method."""
+"""Peak memory of one method's training step.
+
+On a CPU in a process that has run no other method; on a GPU the allocator counts what is held.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 from speed_methods import adamw, build, quiet, trainable
-from speed_workloads import Case, Workload
+from speed_workloads import DEVICE, Case, Workload
 
 MIB = 2**20
 # Installed packages only: the server does not look beside the script.
@@ -28,11 +31,11 @@ _STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Resident memory of a process, in MiB.
+    """Resident memory of a process, or what a GPU's allocator holds, in MiB.
 
     Attributes:
         peak: highest in a step: interpreter, libraries, weights, optimizer and activations.
-        libraries: before any model was loaded.
+        libraries: before any model was loaded (on a GPU nothing).
         loaded: once the weights (a frozen base too) were loaded and before a step.
     """
 
@@ -58,11 +61,17 @@ def wait_for_server() -> None:
 
 
 def measure(method: str, case: Case, workload: Workload, threads: int) -> PeakMemory:
-    """Run one step of a method in a fresh process.
+    """Run one step of a method: on a CPU in a fresh process, on a GPU in this one.
 
     Raises:
         RuntimeError: the process died, as it does when memory runs out.
     """
+    if DEVICE.type == "cuda":
+        try:
+            return _step_in_the_middle(method, case, workload)
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
     arguments = (sender, method, case, workload, threads)
@@ -86,12 +95,16 @@ def _measure_here(
 ) -> None:
     quiet()
     torch.set_num_threads(threads)
+    sender.send(_step_in_the_middle(method, case, workload))
+
+
+def _step_in_the_middle(method: str, case: Case, workload: Workload) -> PeakMemory:
+    """A step of a run that is under way: optimizer states exist, and gradients are added up."""
     libraries = _resident()
     model, run = build(method, case, workload)
     gc.collect()
     loaded = _resident()
     _forget_peak()
-    # A step in the middle of training: optimizer states exist, and gradients are being added up.
     optimizer = adamw(model)
     for parameter in trainable(model):
         parameter.grad = torch.zeros_like(parameter)
@@ -99,21 +112,27 @@ def _measure_here(
     for index in range(len(workload.micro_batches)):
         run(index)
     optimizer.step()
-    sender.send(PeakMemory(_peak(), libraries, loaded))
+    return PeakMemory(_peak(), libraries, loaded)
 
 
 def _resident() -> float:
+    if DEVICE.type == "cuda":
+        return torch.cuda.memory_allocated() / MIB
     resident: float = psutil.Process().memory_info().rss / MIB
     return resident
 
 
 def _forget_peak() -> None:
     """Set the kernel's high-water mark back, since loading a model may stand above a step."""
-    if _STATUS.exists():
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif _STATUS.exists():
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak() -> float:
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() / MIB
     if _STATUS.exists():
         line = next(x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) / 1024

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from speed_workloads import RANDOM_MODEL, RULE, Case, Workload
+from speed_workloads import DEVICE, RANDOM_MODEL, RULE, Case, Workload
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -72,9 +72,10 @@ def adamw(model: nn.Module) -> torch.optim.AdamW:
 
 def _load(case: Case) -> PreTrainedModel:
     if case.model != RANDOM_MODEL:
-        return load_causal_lm(case.model, dtype=case.torch_dtype)
+        return load_causal_lm(case.model, dtype=case.torch_dtype, device=DEVICE)
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(case.config(), dtype=case.torch_dtype)
+    model.to(DEVICE)
     return model
 
 
@@ -122,7 +123,7 @@ def _padded(rows: tuple[Conversation, ...]) -> tuple[Tensor, tuple[Tensor, Tenso
         for column in range(conversation.turns[0].prompt_length - 1, conversation.turns[0].end - 1)
     ]
     row_index, column_index, labels = torch.tensor(places).T
-    return ids, (row_index, column_index), labels
+    return ids.to(DEVICE), (row_index.to(DEVICE), column_index.to(DEVICE)), labels.to(DEVICE)
 
 
 def _trl(model: Any, case: Case, workload: Workload) -> RunMicroBatch:
@@ -181,7 +182,7 @@ def _prefillshare(model: nn.Module, case: Case, workload: Workload) -> RunMicroB
 def _arguments(folder: str) -> dict[str, Any]:
     return {
         "output_dir": folder,
-        "use_cpu": True,
+        "use_cpu": DEVICE.type == "cpu",
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "no",

@@ -8,7 +8,8 @@ medians are reported. A round is forward and backward of every micro-batch by ea
 onto gradients that exist, then one AdamW step (fused), timed once, since it is the same for all:
 the same number of parameters, and the states of one model. A training step is then `--accumulation`
 micro-batches and one optimizer step. Before any timing, every method's loss at step 0 must be the
-same. Peak memory is the resident high-water mark of a step in a process of its own a method.
+same. Peak memory is the resident high-water mark of a step in a process of its own a method; on a
+GPU, which is used where there is one, the allocator's peak.
 
 Methods: `sft` is a hand-written loop (SDPA, LM head on target positions); `trl` TRL's SFTTrainer,
 completion-only; `alora` the same with a PEFT aLoRA adapter that starts at the assistant header;
@@ -43,11 +44,13 @@ from speed_methods import adamw, build, quiet
 from speed_plans import (
     QUICK_SECONDS,
     SECONDS_TO_BUILD,
+    SHAPES,
     Plan,
     all_plans,
     matmul_rate,
     quick_plans,
     rates_of,
+    wait_for_device,
 )
 from speed_report import Row, print_table, write_json, write_plot
 
@@ -104,6 +107,7 @@ def measure(plan: Plan, options: argparse.Namespace, rate: float, bar: Bar) -> l
             bar.done(cost[method], f"{label} round {number + 1}")
         start = time.perf_counter()
         optimizer.step()
+        wait_for_device()
         optimizer_times.append(time.perf_counter() - start)
         rates.append(matmul_rate(config, case.torch_dtype, longest))
     passes = options.accumulation / count
@@ -159,7 +163,7 @@ def check_losses(losses: dict[str, float], tolerance: float, label: str) -> None
 
 
 def machine() -> str:
-    """Processor, threads and torch version."""
+    """Processor, threads and torch version; the GPU, where there is one."""
     cpuinfo = Path("/proc/cpuinfo")
     names = [
         line.partition(":")[2].strip()
@@ -167,7 +171,10 @@ def machine() -> str:
         if line.startswith("model name")
     ]
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    words = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    if torch.cuda.is_available():
+        words = f"{torch.cuda.get_device_name()}, {words}"
+    return words
 
 
 def parse() -> argparse.Namespace:
@@ -180,6 +187,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", type=lambda text: text.split(","), default=["bfloat16", "float32"]
     )
+    parser.add_argument(
+        "--shapes",
+        type=lambda text: [tuple(map(int, shape.split("/"))) for shape in text.split(",")],
+        default=SHAPES,
+        help="prompt and response tokens, such as 512/64,1024/64; all four unless given",
+    )
+    parser.add_argument("--checkpointing", choices=("off", "on"), help="both unless given")
+    parser.add_argument("--no-random", action="store_true", help="leave the random model out")
     parser.add_argument("--micro-batch", type=int, help="conversations; 4 where none is given")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches in a step")
     parser.add_argument("--rounds", type=int, help="timed rounds; 3, of TRL and aLoRA 2")

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tests.core.families import VOCAB, WINDOW
+from tests.devices import DEVICE
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefillshare_train.core.attention import JOB_KEYWORD, AttentionJob
 from prefillshare_train.core.boundary import BoundaryRule
 from prefillshare_train.core.modules import PrefillModule, attach_loss_head
-from prefillshare_train.core.packing import BatchLayout, pack
+from prefillshare_train.core.packing import BatchLayout, pack, placed
 from prefillshare_train.core.prompt_cache import PromptCache
 from prefillshare_train.core.spans import Conversation, Turn
 
@@ -83,7 +84,7 @@ def prefill_batch(base: PrefillModule, batch: dict[str, Any]) -> PromptCache:
     positions = [i for n in layout.prompt_lengths for i in range(n)]
     return base.prefill_row(
         batch["prefill_ids"],
-        torch.tensor([positions]),
+        torch.tensor([positions], device=DEVICE),
         layout.prompt_lengths,
         layout.prefill_groups,
     )
@@ -95,7 +96,7 @@ def packed_logits(decoder: nn.Module, batch: dict[str, Any], cache: PromptCache)
     output = decoder(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
-        attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool),
+        attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=DEVICE),
         use_cache=False,
         **{JOB_KEYWORD: job},
     )
@@ -123,7 +124,7 @@ def packed_step(
     rule: BoundaryRule,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
     """Loss, logits at targets, gradients and labels of one packed training step."""
-    batch = pack(conversations, rule)
+    batch = placed(pack(conversations, rule), DEVICE)
     cache = prefill_batch(base, batch)
     decoder.zero_grad()
     nll = packed_loss(decoder, batch, cache)
@@ -142,10 +143,10 @@ def reference_step(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
     """The same, one turn at a time, with transformers' own attention, masks and K/V cache."""
     decoder.zero_grad()
-    nll: Tensor = torch.zeros((), dtype=torch.float64)
+    nll: Tensor = torch.zeros((), dtype=torch.float64, device=DEVICE)
     logits, labels = [], []
     for one in conversations:
-        ids = torch.tensor([one.token_ids])
+        ids = torch.tensor([one.token_ids], device=DEVICE)
         for turn in one.turns:
             start = rule.base_length(turn.prompt_length, turn.header_length)
             cache = None

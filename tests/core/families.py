@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tests.devices import DEVICE
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -179,7 +180,7 @@ def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTr
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms at exactly one and biases at zero hide mistakes
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-    model = model.to(dtype).eval()
+    model = model.to(DEVICE, dtype).eval()
     if dtype == torch.float64:
         for module in model.modules():
             if isinstance(module, Gemma3RMSNorm):
@@ -201,7 +202,7 @@ def perturbed(model: PreTrainedModel, scale: float = 0.05, seed: int = 1) -> Pre
     with torch.no_grad():
         for parameter in other.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(noise.to(parameter.dtype) * scale)
+            parameter.add_(noise.to(parameter) * scale)
     return other
 
 

@@ -38,7 +38,7 @@ def cut(rows: list[list[int]], rule: str = "last_token") -> list[list[int]]:
 def plainly(model: PreTrainedModel, ids: list[int], **options: Any) -> list[int]:
     """What transformers' own generate answers, greedily."""
     output = model.generate(
-        torch.tensor([ids]),
+        torch.tensor([ids], device=model.device),
         max_new_tokens=NEW,
         do_sample=False,
         pad_token_id=0,

@@ -18,6 +18,7 @@ from prefillshare_train.core.loss import LogitTransform, LossSums, linear_cross_
 from prefillshare_train.core.modules import PrefillModule
 
 VOCAB, WIDTH, TOKENS = 50, 12, 23
+ITS_CHUNK = TOKENS * WIDTH // VOCAB  # of Liger's kernel
 
 
 def case(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
@@ -156,11 +157,13 @@ def liger_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_liger_is_asked_on_cuda_only(liger_calls: list[dict[str, Any]]) -> None:
-    hidden, head, labels = case()
+    hidden, head, labels = case(torch.float32)
     transform = LogitTransform(softcap=5.0)
-    linear_cross_entropy(hidden, head, labels, transform)
+    linear_cross_entropy(hidden, head, labels, transform, chunk_tokens=ITS_CHUNK)
     assert not liger_calls
-    sums = linear_cross_entropy(hidden.as_subclass(OnCuda), head, labels, transform)
+    sums = linear_cross_entropy(
+        hidden.as_subclass(OnCuda), head, labels, transform, chunk_tokens=ITS_CHUNK
+    )
     assert sums == LossSums(torch.tensor(7.0))
     (call,) = liger_calls
     assert (call["reduction"], call["softcap"]) == ("sum", 5.0)
@@ -168,10 +171,14 @@ def test_liger_is_asked_on_cuda_only(liger_calls: list[dict[str, Any]]) -> None:
 
 
 def test_liger_is_left_out_where_it_cannot_do_it(liger_calls: list[dict[str, Any]]) -> None:
-    hidden, head, labels = case()
+    hidden, head, labels = case(torch.float32)
     on_cuda = hidden.as_subclass(OnCuda)
+    chunk = {"chunk_tokens": ITS_CHUNK}
     expected = linear_cross_entropy(hidden, head, labels).nll.item()
-    counted = linear_cross_entropy(on_cuda, head, labels, count_correct=True)
-    assert counted.nll.item() == pytest.approx(expected, rel=1e-12)
-    linear_cross_entropy(on_cuda, head, labels, LogitTransform(scale=0.5))
+    counted = linear_cross_entropy(on_cuda, head, labels, count_correct=True, **chunk)
+    assert counted.nll.item() == pytest.approx(expected, rel=1e-6)
+    linear_cross_entropy(on_cuda, head, labels, LogitTransform(scale=0.5), **chunk)
+    linear_cross_entropy(on_cuda, head, labels, chunk_tokens=ITS_CHUNK + 1)  # its own is smaller
+    wide, head, labels = case(torch.float64)
+    linear_cross_entropy(wide.as_subclass(OnCuda), head, labels, **chunk)
     assert not liger_calls

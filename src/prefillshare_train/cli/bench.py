@@ -85,7 +85,9 @@ def bench(
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="Of base and decoders; the decoders' K/V dtype otherwise."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cuda.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda:1 or cpu; the first GPU where there is one.")
+    ] = None,
     record: Annotated[
         Path | None, typer.Option(help="Write the first load's requests as a trace.")
     ] = None,

@@ -51,7 +51,9 @@ def evaluate(
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="Of base and decoders; the decoders' K/V dtype otherwise."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cuda.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda:1 or cpu; the first GPU where there is one.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers that decode at once.")] = 16,
     prefill_tokens: Annotated[
         int, typer.Option(min=1, help="Prompt tokens whose K/V are held at once.")

@@ -24,7 +24,9 @@ def prefill_worker(
         Literal["float32", "bfloat16", "float16"],
         typer.Option(help="Of the base and its K/V; the engine's."),
     ] = "bfloat16",
-    device: Annotated[str | None, typer.Option(help="Such as cuda.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda:1 or cpu; the first GPU where there is one.")
+    ] = None,
 ) -> None:
     """Prefill prompts for a `prefillshare serve` elsewhere."""
     from prefillshare_train.cli.errors import user_errors
@@ -33,11 +35,11 @@ def prefill_worker(
         import torch
 
         from prefillshare_train.core.contract import weights_fingerprint
-        from prefillshare_train.core.modules import load_causal_lm
+        from prefillshare_train.core.modules import default_device, load_causal_lm
         from prefillshare_train.serving.remote import PrefillServer, parse_address
 
         address = parse_address(listen)
-        model = load_causal_lm(base, dtype=getattr(torch, dtype), device=device)
+        model = load_causal_lm(base, dtype=getattr(torch, dtype), device=device or default_device())
         model.requires_grad_(False).eval()
         server = PrefillServer(model, weights_fingerprint(model), address, key.encode())
         host, port = server.address

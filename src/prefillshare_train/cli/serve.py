@@ -37,7 +37,9 @@ def serve(
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="Of base and decoders; the decoders' K/V dtype otherwise."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cuda.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda:1 or cpu; the first GPU where there is one.")
+    ] = None,
     kv_gib: Annotated[float, typer.Option(help="GiB of the KV block pool.")] = 1.0,
     staging_gib: Annotated[
         float, typer.Option(help="GiB of the host tier that cold blocks move to; 0 for none.")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from prefillshare_train.core.alora import run_as_lora
 from prefillshare_train.core.contract import Contract, weights_fingerprint
-from prefillshare_train.core.modules import load_causal_lm
+from prefillshare_train.core.modules import default_device, load_causal_lm
 
 
 class DecoderSet:
@@ -25,6 +25,7 @@ class DecoderSet:
         base: hub id or folder of the base.
         folders: the decoders' folders by name.
         dtype: of base and decoders; where None the first decoder's K/V dtype, bfloat16 without any.
+        device: of base and decoders; `default_device()` where None.
 
     Attributes:
         base: the plain base, frozen.
@@ -48,8 +49,9 @@ class DecoderSet:
         *,
         dtype: torch.dtype | None = None,
         revision: str | None = None,
-        device: str | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
+        device = device or default_device()
         self.contracts = {name: Contract.load(folder) for name, folder in folders.items()}
         first = next(iter(self.contracts.values()), None)
         self.dtype = dtype or getattr(torch, first.kv_dtype if first else "bfloat16")

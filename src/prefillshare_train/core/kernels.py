@@ -1,7 +1,8 @@
 """Attention over packed segments, as plain tensor operations.
 
-Two routes to the same numbers. On CUDA and other accelerators each group of segments is one call of
-`scaled_dot_product_attention` with an explicit mask. On CPU the queries are taken in blocks and run
+Three routes to the same numbers. On CUDA in half precision a row is one FlashAttention call (see
+`flash`). Else each group of segments is one call of `scaled_dot_product_attention` with an explicit
+mask on accelerators. On CPU the queries are taken in blocks and run
 as batched matrix products: keys that a block cannot see are never multiplied, query heads that
 share a K/V head are folded into one product, and no gradient is computed for the prompt cache.
 `benchmarks/attention.py` shows what that is worth beside the SDPA kernel.
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefillshare_train.core.flash import attend_row, flash_can_run
 from prefillshare_train.core.layout import SegmentGroup
 
 _QUERY_BLOCK = 64  # queries a block on CPU; the best over both dtypes in benchmarks/attention.py
@@ -43,6 +45,17 @@ def attend_segments(
     Returns:
         (1, T, H, D).
     """
+    if flash_can_run(query, value, sinks):
+        return attend_row(
+            query,
+            key,
+            value,
+            groups,
+            past,
+            scaling=scaling,
+            dropout=dropout,
+            sliding_window=sliding_window,
+        )
     outputs = []
     for group in groups:
         rows = slice(group.query_start, group.query_end)
@@ -218,6 +231,11 @@ def masked_attention(
         key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
     if length == 1 and query.shape[1] != key.shape[1]:
         return _one_query(query, key, value, mask, scaling, dropout)
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.is_cuda and (mask is not None or query.dtype == torch.float32):
+        # No fused CUDA kernel takes these with grouped heads: SDPA would write all scores out.
+        key, value = (repeat_heads(t, query.shape[1]) for t in (key, value))
+        grouped = False
     output = F.scaled_dot_product_attention(
         query,
         key,
@@ -226,9 +244,14 @@ def masked_attention(
         dropout_p=dropout,
         is_causal=causal,
         scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=grouped,
     )
     return output.transpose(1, 2)
+
+
+def repeat_heads(rows: Tensor, heads: int) -> Tensor:
+    """(B, H_kv, S, D) -> (B, H, S, D): each K/V head once for each query head that reads it."""
+    return rows.repeat_interleave(heads // rows.shape[1], dim=1)
 
 
 def _one_query(

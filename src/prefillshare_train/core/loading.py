@@ -11,7 +11,7 @@ from torch import nn
 
 from prefillshare_train.core.alora import run_as_lora
 from prefillshare_train.core.contract import Contract, weights_fingerprint
-from prefillshare_train.core.modules import PrefillModule, load_causal_lm
+from prefillshare_train.core.modules import PrefillModule, default_device, load_causal_lm
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,14 @@ def load_decoder(
         base: hub id or path of the base, where it is not what the contract names.
         dtype: dtype of base and decoder. Where None, the base has the contract's K/V dtype, and a
             fully trained decoder the one that it was saved in.
+        device: of both; `default_device()` where None.
 
     Raises:
         ContractError: the folder has no contract, or the base is not the one that it names. Both
             fingerprints are in the message.
     """
     folder = Path(folder)
+    device = device or default_device()
     contract = Contract.load(folder)
     model = load_causal_lm(
         base or contract.base_id,

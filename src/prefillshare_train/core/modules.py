@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from prefillshare_train.core.adapters_off import adapters_off
 from prefillshare_train.core.attention import (
     ATTENTION_NAME,
     JOB_KEYWORD,
@@ -24,6 +25,11 @@ from prefillshare_train.core.prefill_plan import PassRecorder, PrefillPlan
 from prefillshare_train.core.prompt_cache import PromptCache
 
 
+def default_device() -> torch.device:
+    """Where models answer unless told otherwise: the first GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_causal_lm(
     name_or_path: str,
     *,
@@ -35,6 +41,9 @@ def load_causal_lm(
     """Load a causal LM whose attention can record and condition.
 
     Weights are read from safetensors only, so that nothing is ever unpickled.
+
+    Args:
+        device: where it is moved to; None leaves it on the CPU, for a trainer to place.
 
     Raises:
         UnsupportedModelError: the architecture is not one whose prompt cache can be shared; raised
@@ -163,15 +172,8 @@ class PrefillModule:
             yield
             return
         assert isinstance(self.model, PeftModel)
-        # disable_adapter() freezes the adapters and thaws them by rules of its own; a user who
-        # froze some of them must find them frozen.
-        gradient_flags = [(p, p.requires_grad) for p in self.model.parameters()]
-        try:
-            with evaluating(self.model), self.model.disable_adapter():
-                yield
-        finally:
-            for parameter, flag in gradient_flags:
-                parameter.requires_grad_(flag)
+        with adapters_off(self.model, through_forward=self._root is not None):
+            yield
 
     @torch.no_grad()
     def prefill(
@@ -200,9 +202,7 @@ class PrefillModule:
     def prefill_packed(self, batch: dict[str, Any]) -> PromptCache:
         """Run the prompts of a batch that `packing.pack` made."""
         layout = batch["layout"]
-        ids = batch["prefill_ids"]
-        positions = [i for length in layout.prompt_lengths for i in range(length)]
-        position_ids = torch.tensor([positions], dtype=torch.long, device=ids.device)
+        ids, position_ids = batch["prefill_ids"], batch["prefill_position_ids"]
         if not layout.prefill.is_plain:
             return self._prefill_by_plan(ids, position_ids, layout.prompt_lengths, layout.prefill)
         return self.prefill_row(ids, position_ids, layout.prompt_lengths, layout.prefill_groups)

@@ -71,7 +71,8 @@ def pack(
         share_from, chunk_tokens: how the base runs the prompts, see `plan_prefill`.
 
     Returns:
-        A dict of `prefill_ids` (1, T_base), `input_ids` and `position_ids` (1, T_dec),
+        A dict of `prefill_ids` and `prefill_position_ids` (1, T_base), `input_ids` and
+        `position_ids` (1, T_dec),
         `target_index` (1, N) into the decoder's row, `labels` (1, N), and `layout`, a
         `BatchLayout`. `labels[0, i]` is the token after position `target_index[0, i]`: targets are
         already shifted. All tensors are int64.
@@ -130,6 +131,7 @@ def pack(
     )
     return {
         "prefill_ids": _row(prefill_ids),
+        "prefill_position_ids": _row(positions_of(prefill_segments)),
         "input_ids": _row(decode_ids),
         "position_ids": _row(positions),
         "target_index": _row(target_index),
@@ -154,7 +156,17 @@ def pack_prompts(prompts: Sequence[tuple[int, ...]], device: torch.device) -> di
         decode_pairs=0,
         prefill_pairs=_pairs(segments),
     )
-    return {"prefill_ids": _row([i for ids in prompts for i in ids]).to(device), "layout": layout}
+    batch = {
+        "prefill_ids": _row([i for ids in prompts for i in ids]),
+        "prefill_position_ids": _row(positions_of(segments)),
+        "layout": layout,
+    }
+    return placed(batch, device)
+
+
+def placed(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A packed batch with its tensors on a device."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _row(values: list[int]) -> Tensor:

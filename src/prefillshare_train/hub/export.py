@@ -154,7 +154,7 @@ def _write_merged(
 ) -> None:
     """Merge in float32 and round once; a sum in bfloat16 would lose most of a small adapter."""
     try:
-        loaded = load_decoder(checkpoint, base=options.base, dtype=torch.float32)
+        loaded = load_decoder(checkpoint, base=options.base, dtype=torch.float32, device="cpu")
     except OSError as error:
         raise HubError(
             f"the base {options.base or contract.base_id} to merge into cannot be loaded: {error}. "

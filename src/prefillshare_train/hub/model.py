@@ -61,6 +61,7 @@ class PrefillShareModel:
             revision: commit, tag or branch of a decoder on the hub.
             base: folder or hub id of the base, where it is not what the contract names.
             dtype: of both; the contract's K/V dtype, and a full decoder's own, where None.
+            device: of both; the first GPU, or the CPU where there is none, where None.
 
         Raises:
             ContractError: the base is not the one that the decoder was trained over (its weights

@@ -10,8 +10,13 @@ from tqdm.auto import tqdm
 
 from prefillshare_train.core.attention import JOB_KEYWORD, AttentionJob
 from prefillshare_train.core.boundary import BoundaryRule
-from prefillshare_train.core.modules import PrefillModule, attach_loss_head, evaluating
-from prefillshare_train.core.packing import pack
+from prefillshare_train.core.modules import (
+    PrefillModule,
+    attach_loss_head,
+    causal_lm_of,
+    evaluating,
+)
+from prefillshare_train.core.packing import pack, placed
 from prefillshare_train.core.spans import Conversation
 
 
@@ -35,9 +40,11 @@ def held_out_loss(
     ordered = sorted(conversations, key=lambda c: len(c.token_ids))
     nll, tokens = 0.0, 0
     starts = range(0, len(ordered), batch_size)
+    device = causal_lm_of(decoder).device
     with evaluating(decoder):
         for start in tqdm(starts, desc=description, unit="batch", leave=False):
-            batch = pack(ordered[start : start + batch_size], rule, method)  # type: ignore[arg-type]
+            rows = ordered[start : start + batch_size]
+            batch = placed(pack(rows, rule, method), device)  # type: ignore[arg-type]
             layout = batch["layout"]
             past = None
             if prefill is not None:

@@ -1,0 +1,71 @@
+"""A PEFT model as its base: adapters and dropout off for a prefill, cheaply.
+
+PEFT's `disable_adapter()` also freezes and thaws every adapter weight, twice a step. On a GPU that
+was most of a LoRA decoder's prefill (benchmarks/profile_step.py has the time), and under `no_grad`
+it changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+# Layers that only read their flag; some other tuners fold weights in when they are switched.
+_FLAGGED = (LoraLayer, AuxiliaryTrainingWrapper, TrainableTokensLayer)
+
+
+@contextlib.contextmanager
+def adapters_off(model: PeftModel, *, through_forward: bool = False) -> Iterator[None]:
+    """Adapters off and everything in eval mode; every flag as it was when the block ends.
+
+    Args:
+        through_forward: the pass calls the PEFT model itself and not the model in it, so that
+            PEFT's own hooks must know too.
+    """
+    modules = list(model.modules())
+    layers = [m for m in modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    training = [m for m in modules if m.training]
+    plain = layers and all(isinstance(layer, _FLAGGED) for layer in layers)
+    if through_forward or not plain:
+        with _peft_disabled(model, training):
+            yield
+        return
+    off = [layer for layer in layers if not layer.disable_adapters]
+    try:
+        for module in training:
+            module.training = False
+        for layer in off:
+            layer._disable_adapters = True
+        # A later PEFT may keep its flag elsewhere, and the adapter would run unseen.
+        assert all(layer.disable_adapters for layer in layers)
+        yield
+    finally:
+        for layer in off:
+            layer._disable_adapters = False
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _peft_disabled(model: PeftModel, training: list[nn.Module]) -> Iterator[None]:
+    """The same by PEFT's own means, for any tuner."""
+    # disable_adapter() freezes the adapters and thaws them by rules of its own; a user who froze
+    # some of them must find them frozen.
+    gradient_flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for module in training:
+            module.training = False
+        with model.disable_adapter():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter, flag in gradient_flags:
+            parameter.requires_grad_(flag)
