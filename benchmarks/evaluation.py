@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument(
         "--no-base", action="store_true", help="leave out the base, which seldom ends an answer"
     )
+    parser.add_argument("--batch-size", type=int, default=16, help="answers that decode at once")
     parser.add_argument("--limit", type=int, help="first items of each benchmark")
     options = parser.parse_args()
     held = json.loads(RESULTS.read_text())["tables"] if RESULTS.is_file() else []
@@ -94,6 +95,7 @@ def main() -> None:
         key = f"{name}-{options.adapter}"
         out = PLACE / key
         command = part.command(options.adapter, out, base=not options.no_base)
+        command += ["--batch-size", str(options.batch_size)]
         if options.limit:
             command += ["--limit", str(options.limit)]
         run(command)

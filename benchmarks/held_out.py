@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> None:
     subprocess.run([*PREFILLSHARE, *arguments], check=True)
 
 
-def compare(task: str, adapter: str) -> list[dict[str, Any]]:
+def compare(task: str, adapter: str, batch_size: int) -> list[dict[str, Any]]:
     """Train what is not trained yet, measure what is not measured yet."""
     place = RUNS / task / adapter
     recipe = [str(RECIPES / f"{task}.yaml"), *ADAPTERS[adapter]]
@@ -51,7 +51,17 @@ def compare(task: str, adapter: str) -> list[dict[str, Any]]:
     if not figures.is_file():
         measured = ["--decoder", str(decoders["prefillshare"])]
         measured += ["--full-prompt", str(decoders["full_prompt"]), "--out", str(figures)]
-        run(["held-out", *recipe, *measured, "--rows", str(TASKS[task])])
+        run(
+            [
+                "held-out",
+                *recipe,
+                *measured,
+                "--rows",
+                str(TASKS[task]),
+                "--batch-size",
+                str(batch_size),
+            ]
+        )
     trained = {method: training_log(decoder) for method, decoder in decoders.items()}
     rows = []
     for score in json.loads(figures.read_text())["scores"]:
@@ -74,13 +84,14 @@ def main() -> None:
     )
     parser.add_argument("--task", choices=TASKS, action="append", help="all where not given")
     parser.add_argument("--adapter", choices=ADAPTERS, action="append", help="both where not given")
+    parser.add_argument("--batch-size", type=int, default=16, help="turns answered at once")
     options = parser.parse_args()
     held: list[dict[str, Any]] = []
     if RESULTS.is_file():
         held = json.loads(RESULTS.read_text())["rows"]
     for task in options.task or TASKS:
         for adapter in options.adapter or ADAPTERS:
-            rows = compare(task, adapter)
+            rows = compare(task, adapter, options.batch_size)
             held = [r for r in held if (r["task"], r["adapter"]) != (task, adapter)] + rows
             versions = {name: version(name) for name in ("torch", "transformers", "peft")}
             write_json(RESULTS, {"machine": machine(), "versions": versions, "rows": held})
