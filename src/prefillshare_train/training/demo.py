@@ -24,6 +24,7 @@ from prefillshare_train.training.run import (
 
 _TASKS = ("tool_calling", "math")
 _ANSWER_TOKENS = 128
+_BATCH = 20  # turns answered at once: each step reads all weights, however many answers it serves
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _train(task: str, model: Path, out: Path, recipes: Path, steps: int | None) 
 
 def _compare(loaded: LoadedDecoder, data: PreparedData, rows: int) -> list[Score]:
     """Held-out loss and exact match of the base, and of the decoder on the base's cache."""
-    held_out = HeldOut(data, data.eval_examples[:rows], _ANSWER_TOKENS)
+    held_out = HeldOut(data, data.eval_examples[:rows], _ANSWER_TOKENS, _BATCH)
     rule = loaded.contract.rule
     with loaded.prefill.base_weights():
         base = held_out.score("base", loaded.decoder, loaded.prefill, rule)

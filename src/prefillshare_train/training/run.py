@@ -163,11 +163,19 @@ class PreparedRun:
         self.trainer.train(resume_from_checkpoint=self.checkpoint)
         if self.stop.stopped:
             return RunResult(None, self.trainer, self.data)
-        if self.data.eval:
+        if self.data.eval and not self._last_step_was_evaluated:
             self.trainer.evaluate()
         decoder = self.trainer.output_folder / DECODER_FOLDER
         publish_decoder(self.trainer, decoder, self.loaded.to_yaml())
         return RunResult(decoder, self.trainer, self.data)
+
+    @property
+    def _last_step_was_evaluated(self) -> bool:
+        state = self.trainer.state
+        return any(
+            "eval_loss" in entry and entry["step"] == state.global_step
+            for entry in state.log_history
+        )
 
 
 def prepare_run(
