@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from tests.data.helpers import write_jsonl
 from tests.training import tiny
 from transformers import AutoModelForCausalLM
 
@@ -65,32 +63,14 @@ def test_memory_options_leave_the_curve(
 
 
 def recipe(tmp_path: Path, **changes: Any) -> Path:
-    base = tiny.save_base(tmp_path / "base")
-    rows = [{"prompt": f"Say {n}.", "completion": f"{n}!"} for n in range(30)]
-    values = {
-        "base": {"model": str(base), "dtype": "float32"},
-        "decoder": {"adapter": "lora", "lora": {"r": 4, "target_modules": "all-linear"}},
-        "data": {
-            "train": {"source": str(write_jsonl(tmp_path / "rows.jsonl", rows))},
-            "eval_fraction": 0.2,
-        },
-        "training": {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 6,
-            "learning_rate": 0.01,
-            "logging_steps": 1,
-            "save_steps": 3,
-            "per_device_train_batch_size": 3,
-            "generate_every": 3,
-            "generate_rows": 2,
-            "report_to": "none",
-            "disable_tqdm": True,
-        },
-        **changes,
+    training = {
+        "max_steps": 6,
+        "learning_rate": 0.01,
+        "save_steps": 3,
+        "generate_every": 3,
+        "generate_rows": 2,
     }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return path
+    return tiny.save_recipe(tmp_path, training, **changes)
 
 
 def losses(decoder: Path) -> list[float]:

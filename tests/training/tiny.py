@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
-from tests.data.helpers import tiny_tokenizer
+from tests.data.helpers import tiny_tokenizer, write_jsonl
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -60,6 +61,31 @@ def save_base(folder: Path) -> Path:
     LlamaForCausalLM(settings).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_recipe(folder: Path, training: dict[str, Any], **changes: Any) -> Path:
+    """A LoRA recipe over a tiny base, with thirty rows of its own; `training` is added to it."""
+    rows = [{"prompt": f"Say {n}.", "completion": f"{n}!"} for n in range(30)]
+    values = {
+        "base": {"model": str(save_base(folder / "base")), "dtype": "float32"},
+        "decoder": {"adapter": "lora", "lora": {"r": 4, "target_modules": "all-linear"}},
+        "data": {
+            "train": {"source": str(write_jsonl(folder / "rows.jsonl", rows))},
+            "eval_fraction": 0.2,
+        },
+        "training": {
+            "output_dir": str(folder / "run"),
+            "logging_steps": 1,
+            "per_device_train_batch_size": 3,
+            "report_to": "none",
+            "disable_tqdm": True,
+            **training,
+        },
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
 
 
 def conversations(count: int, seed: int = 0) -> list[Conversation]:

@@ -117,8 +117,18 @@ class TicketScheduler(NixlPullConnectorScheduler):
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int, bool]:
-        """All of a decoder's prompt, which then arrives or fails."""
+        """All of a decoder's prompt, which then arrives or fails.
+
+        vLLM asks again about a prompt of one token that has arrived: its last token, all there is,
+        is the decoder's own, so that nothing of it counts as computed.
+        """
         if self._producer:
+            return 0, False
+        arrived = (
+            request.request_id not in self._refusals
+            and not request.kv_transfer_params["do_remote_prefill"]
+        )
+        if arrived and request.num_prompt_tokens == 1:
             return 0, False
         if request.num_preemptions and request.request_id not in self._refusals:
             self._refuse(
