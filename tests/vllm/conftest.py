@@ -33,7 +33,7 @@ else:
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASE = REPOSITORY / ".cache" / "models" / "smollm2-135m-instruct"
 READY_S = 240
-LEASE_S = 20
+LEASE_S = 60  # a first handshake took half a minute on a busy machine
 """For how long the base holds K/V that nobody reads."""
 CHUNKED = ("--max-num-batched-tokens", "64", "--max-num-seqs", "16")
 # Around the edges of blocks of 32; from 65 on, the base prefills in chunks of 64 tokens.
