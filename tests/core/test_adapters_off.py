@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tests.core import families
 from torch import Tensor
 
@@ -87,3 +88,13 @@ def test_only_layers_that_read_a_flag_are_switched_by_it(monkeypatch: pytest.Mon
         with adapters_off(made(name)):
             pass
     assert len(asked) == 1, "ia3 alone is left to PEFT"
+
+
+def test_adapters_that_would_run_unseen_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("lora").train()
+    before = flags(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(BaseTunerLayer, "disable_adapters", False)
+        with pytest.raises(RuntimeError, match="would fill the base's cache"), adapters_off(model):
+            pass
+    assert flags(model) == before

@@ -28,6 +28,9 @@ def adapters_off(model: PeftModel, *, through_forward: bool = False) -> Iterator
     Args:
         through_forward: the pass calls the PEFT model itself and not the model in it, so that
             PEFT's own hooks must know too.
+
+    Raises:
+        RuntimeError: the adapters would run all the same.
     """
     modules = list(model.modules())
     layers = [m for m in modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
@@ -43,8 +46,12 @@ def adapters_off(model: PeftModel, *, through_forward: bool = False) -> Iterator
             module.training = False
         for layer in off:
             layer._disable_adapters = True
-        # A later PEFT may keep its flag elsewhere, and the adapter would run unseen.
-        assert all(layer.disable_adapters for layer in layers)
+        if not all(layer.disable_adapters for layer in layers):
+            raise RuntimeError(
+                "PEFT's layers do not say that their adapters are off: this version keeps that "
+                "elsewhere, and the adapter would fill the base's cache. Use an older peft, and "
+                "please report its version"
+            )
         yield
     finally:
         for layer in off:
