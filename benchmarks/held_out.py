@@ -51,17 +51,8 @@ def compare(task: str, adapter: str, batch_size: int) -> list[dict[str, Any]]:
     if not figures.is_file():
         measured = ["--decoder", str(decoders["prefillshare"])]
         measured += ["--full-prompt", str(decoders["full_prompt"]), "--out", str(figures)]
-        run(
-            [
-                "held-out",
-                *recipe,
-                *measured,
-                "--rows",
-                str(TASKS[task]),
-                "--batch-size",
-                str(batch_size),
-            ]
-        )
+        measured += ["--rows", str(TASKS[task]), "--batch-size", str(batch_size)]
+        run(["held-out", *recipe, *measured])
     trained = {method: training_log(decoder) for method, decoder in decoders.items()}
     rows = []
     for score in json.loads(figures.read_text())["scores"]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from prefillshare_train.workloads.files import write_json
 from prefillshare_train.workloads.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "memory_estimate.json"
@@ -199,8 +200,8 @@ def main() -> int:
             "off": round(off, 3),
             "parts_mib": {key: round(value / 2**20) for key, value in parts.items()},
         }
+        write_json(options.out, results)
         print(f"{name:<20} estimated {guess:7.0f} MiB, measured {real:7.0f} MiB, {off:+.1%}")
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
     return int(worst > TOLERANCE)
 
 

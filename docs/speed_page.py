@@ -92,10 +92,10 @@ def _gpu() -> list[str]:
         "benchmarks/results/train_speed_gpu.json`. MiB is what the allocator "
         "held at most. **These are of a version before the fixes that they led to, and no GPU has "
         "measured those yet.** Micro-batches of 8 conversations leave this card waiting for the "
-        "CPU to launch operations (of our step's 192 ms, full, it computed for 119), and our step "
-        "launches a forward pass more than ordinary fine-tuning. Since then: switching adapters "
-        "off no longer visits every weight (which took most of a LoRA decoder's prefill), and "
-        "Liger's loss, which took 49 ms of the 119, gives way to ours where targets are few. What "
+        "CPU to launch operations, and our step launches a forward pass more than ordinary "
+        "fine-tuning. Since then: switching adapters off no longer visits every weight (which a "
+        "profile put at most of a LoRA decoder's prefill), and Liger's loss gives way to ours "
+        "where targets are few, for it then runs in chunks of a few rows. What "
         "remains is to be met with larger batches, for which the memory saved leaves room.",
         f"Measured on {', '.join(sorted({row['machine'] for row in rows}))}.",
         *_speed_tables(rows),

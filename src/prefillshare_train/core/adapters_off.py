@@ -1,8 +1,8 @@
 """A PEFT model as its base: adapters and dropout off for a prefill, cheaply.
 
-PEFT's `disable_adapter()` also freezes and thaws every adapter weight, twice a step. On a GPU that
-was most of a LoRA decoder's prefill (benchmarks/profile_step.py has the time), and under `no_grad`
-it changes nothing.
+PEFT's `disable_adapter()` also freezes every adapter weight and thaws it again. On a GPU, which
+runs a short prefill faster than Python visits the layers, that is most of the time, and under
+`no_grad` it changes nothing.
 """
 
 from __future__ import annotations

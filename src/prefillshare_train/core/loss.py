@@ -5,8 +5,8 @@ gradients are taken at once, and the logits are thrown away. The gradients are t
 cross-entropy. (The scheme is Liger-Kernel's fused linear cross-entropy, arXiv 2410.10989 §3.2, in
 plain PyTorch; on CUDA the package itself is used where it is installed and its chunks are no
 smaller than ours. It makes them so small that the logits take no more room than the hidden states:
-with few targets and a large vocabulary that is a handful of rows for every pass over the head. On
-an H200, 512 targets of Qwen3-1.7B went in 64 chunks of 8, which took 49 of a step's 119 ms there.)
+with few targets and a large vocabulary that is a handful of rows for every pass over the head: 512
+targets of Qwen3-1.7B go in 64 chunks of 8.)
 """
 
 from __future__ import annotations

@@ -72,10 +72,9 @@ def pack(
 
     Returns:
         A dict of `prefill_ids` and `prefill_position_ids` (1, T_base), `input_ids` and
-        `position_ids` (1, T_dec),
-        `target_index` (1, N) into the decoder's row, `labels` (1, N), and `layout`, a
-        `BatchLayout`. `labels[0, i]` is the token after position `target_index[0, i]`: targets are
-        already shifted. All tensors are int64.
+        `position_ids` (1, T_dec), `target_index` (1, N) into the decoder's row, `labels` (1, N),
+        and `layout`, a `BatchLayout`. `labels[0, i]` is the token after position
+        `target_index[0, i]`: targets are already shifted. All tensors are int64.
     """
     ordered = sorted(conversations, key=_shape_key, reverse=True)
     prefill_ids: list[int] = []

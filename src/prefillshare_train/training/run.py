@@ -163,15 +163,18 @@ class PreparedRun:
         self.trainer.train(resume_from_checkpoint=self.checkpoint)
         if self.stop.stopped:
             return RunResult(None, self.trainer, self.data)
-        if self.data.eval and not self._last_step_was_evaluated:
+        if self.data.eval and not self._is_evaluated:
             self.trainer.evaluate()
         decoder = self.trainer.output_folder / DECODER_FOLDER
         publish_decoder(self.trainer, decoder, self.loaded.to_yaml())
         return RunResult(decoder, self.trainer, self.data)
 
     @property
-    def _last_step_was_evaluated(self) -> bool:
+    def _is_evaluated(self) -> bool:
+        """Whether the log has the figures of the weights that are published."""
         state = self.trainer.state
+        if self.trainer.args.load_best_model_at_end:  # they may be of an earlier step
+            return False
         return any(
             "eval_loss" in entry and entry["step"] == state.global_step
             for entry in state.log_history

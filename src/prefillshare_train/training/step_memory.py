@@ -225,9 +225,8 @@ def _fused_attention(
     if past is not None:
         key = torch.cat([past[0].to(key.dtype), key], dim=2)
         value = torch.cat([past[1].to(value.dtype), value], dim=2)
-    if value.dtype == torch.float32 and len(key) != len(
-        query
-    ):  # no fused kernel has grouped heads in float32
+    # No fused kernel has grouped heads in float32.
+    if value.dtype == torch.float32 and len(key) != len(query):
         key, value = (kernels.repeat_heads(t.transpose(0, 1), len(query)) for t in (key, value))
     output: Tensor = _FusedShape.apply(query, key, value)
     return output
