@@ -61,7 +61,7 @@ def wait_for_server() -> None:
 
 
 def measure(method: str, case: Case, workload: Workload, threads: int) -> PeakMemory:
-    """Run one step of a method: on a CPU in a fresh process, on a GPU in this one.
+    """Run a method's largest micro-batch: on a CPU in a fresh process, on a GPU in this one.
 
     Raises:
         RuntimeError: the process died, as it does when memory runs out.
@@ -99,7 +99,8 @@ def _measure_here(
 
 
 def _step_in_the_middle(method: str, case: Case, workload: Workload) -> PeakMemory:
-    """A step of a run that is under way: optimizer states exist, and gradients are added up."""
+    """The largest micro-batch of a run under way: optimizer states and gradients exist."""
+    workload = workload.largest
     libraries = _resident()
     model, run = build(method, case, workload)
     gc.collect()
@@ -109,8 +110,7 @@ def _step_in_the_middle(method: str, case: Case, workload: Workload) -> PeakMemo
     for parameter in trainable(model):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    for index in range(len(workload.micro_batches)):
-        run(index)
+    run(0)
     optimizer.step()
     return PeakMemory(_peak(), libraries, loaded)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +29,11 @@ from prefillshare_train.core.cost import matmul_parameters
 SHAPES = ((64, 64), (256, 64), (512, 64), (1024, 64))
 QUICK_SHAPE = (512, 64)
 QUICK_SECONDS = 165.0  # leaves some of three minutes to a machine whose speed varies
-# TRL and aLoRA are slow on a CPU, and their rounds differ by less than they are behind.
-ROUNDS = {"sft": 3, "trl": 2, "alora": 2, "prefillshare": 3}
+# TRL and aLoRA are slow on a CPU, and their rounds differ by less than they are behind. A round of
+# Seal-Tools is several micro-batches already.
+ROUNDS = {"sft": 3, "prefillshare": 3, "trl": 1, "alora": 1}
+SEAL_TOOLS_ROUNDS = {"sft": 2, "prefillshare": 2, "trl": 1, "alora": 1}
+CONVERSATIONS = 4  # a micro-batch, unless told otherwise
 # To estimate how long a pass takes: the share of the matmul rate that is reached, what TRL takes
 # for its LM head on every position (a position and vocabulary entry), and what a model's making.
 EFFICIENCY = {"float32": 0.7, "bfloat16": 0.4}
@@ -55,11 +59,20 @@ class Plan:
             seconds += positions * self.case.config().vocab_size * TRL_HEAD_SECONDS
         return seconds
 
+    @property
+    def memory_share(self) -> float:
+        """What the largest micro-batch, which memory is measured in, is of a pass."""
+        tokens = [
+            sum(len(c.token_ids) for c in w.conversations)
+            for w in (self.workload.largest, self.workload)
+        ]
+        return tokens[0] / tokens[1]
+
     def seconds(self, rate: float) -> float:
         """Estimate of everything: passes for memory and step 0, and the timed ones."""
+        passes = {m: self.rounds[m] + 1 + self.memory_share for m in self.case.methods}
         return sum(
-            self.pass_seconds(m, rate) * (self.rounds[m] + 2) + 2 * SECONDS_TO_BUILD
-            for m in self.case.methods
+            self.pass_seconds(m, rate) * passes[m] + 2 * SECONDS_TO_BUILD for m in self.case.methods
         )
 
 
@@ -137,30 +150,33 @@ def quick_plans(
     return [plan for plans in chosen.values() for plan in plans]
 
 
-def all_plans(options: argparse.Namespace, console: Console) -> Iterator[Plan]:
+def all_plans(options: argparse.Namespace, console: Console) -> list[Plan]:
     """Every setting: shapes, models, adapters, checkpointing, dtypes.
 
     Those that the targets are about come first, so that a run that is cut off has them.
     """
-    rows = options.micro_batch or 4
-    rounds = ROUNDS if options.rounds is None else dict.fromkeys(METHODS, options.rounds)
+    rows = options.micro_batch or CONVERSATIONS
     switches = [s for s in (False, True) if options.checkpointing in (None, ("off", "on")[s])]
+    plans = []
+
+    def add(model: str, workloads: Sequence[Workload], usual: dict[str, int]) -> None:
+        rounds = usual if options.rounds is None else dict.fromkeys(METHODS, options.rounds)
+        for settings in itertools.product(switches, options.dtype, ("lora", "none"), workloads):
+            checkpointing, dtype, adapter, workload = settings
+            plans.append(make_plan(Case(model, adapter, checkpointing, dtype), workload, rounds))
+
     for model in (options.model,) if options.no_random else (options.model, RANDOM_MODEL):
         vocabulary = Case(model, "none", False, "float32").config().vocab_size
-        workloads = [random_workload(*shape, rows, vocabulary) for shape in options.shapes]
-        for checkpointing in switches:
-            for dtype in options.dtype:
-                for adapter in ("none", "lora"):
-                    case = Case(model, adapter, checkpointing, dtype)
-                    for workload in workloads:
-                        yield make_plan(case, workload, rounds)
-    if not options.seal_tools.is_dir():
+        shapes = [random_workload(*shape, rows, vocabulary) for shape in options.shapes]
+        add(model, shapes, ROUNDS)
+    if options.seal_tools.is_dir():
+        real = seal_tools_workload(options.seal_tools, options.model, max(1, rows // 4))
+        add(options.model, [real], SEAL_TOOLS_ROUNDS)
+    else:
         console.print(f"Seal-Tools is not at {options.seal_tools}: its rows are left out")
-        return
-    workload = seal_tools_workload(options.seal_tools, options.model, max(1, rows // 4))
-    for checkpointing in switches:
-        for dtype in options.dtype:
-            for adapter in ("none", "lora"):
-                yield make_plan(
-                    Case(options.model, adapter, checkpointing, dtype), workload, rounds
-                )
+    return sorted(plans, key=lambda plan: _lateness(plan.case))
+
+
+def _lateness(case: Case) -> tuple[bool, bool, bool]:
+    slow = case.checkpointing and case.dtype == "float32"
+    return slow, case.checkpointing, case.model == RANDOM_MODEL

@@ -17,7 +17,7 @@ from prefillshare_train.core.spans import Conversation, Turn
 
 DEVICE = default_device()
 RULE = BoundaryRule.parse("last_token")
-METHODS = ("sft", "trl", "alora", "prefillshare")
+METHODS = ("sft", "prefillshare", "trl", "alora")  # neighbours in time compare best
 RANDOM_MODEL = "random-llama"
 HEADER = 7  # the one-token assistant header of random rows; it occurs nowhere else in them
 DISTRACTORS = 9
@@ -89,6 +89,12 @@ class Workload:
         return sum(c.response_tokens for c in self.conversations)
 
     @property
+    def largest(self) -> Workload:
+        """The micro-batch of the most tokens alone: it sets the peak of memory."""
+        batch = max(self.micro_batches, key=lambda rows: sum(len(c.token_ids) for c in rows))
+        return Workload(self.name, (batch,))
+
+    @property
     def mean_lengths(self) -> tuple[int, int]:
         """Prompt and response tokens of a conversation, on average."""
         count = len(self.conversations)
@@ -131,7 +137,7 @@ def random_workload(prompt: int, response: int, rows: int, vocabulary: int) -> W
     return Workload(f"{prompt}/{response}", (batch,))
 
 
-def seal_tools_workload(folder: Path, model: str, rows: int, micro_batches: int = 4) -> Workload:
+def seal_tools_workload(folder: Path, model: str, rows: int, micro_batches: int = 3) -> Workload:
     """Seal-Tools requests with ten tools offered, at evenly spaced ranks of their length.
 
     Micro-batches hold neighbours in length, so that padding costs the methods that pad little.

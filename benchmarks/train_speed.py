@@ -4,18 +4,19 @@
                                      [--minutes 20]
 
 All methods of a setting run in one process on the same token ids, interleaved round by round;
-medians are reported. A round is forward and backward of every micro-batch by each method, added
-onto gradients that exist, then one AdamW step (fused), timed once, since it is the same for all:
-the same number of parameters, and the states of one model. A training step is then `--accumulation`
-micro-batches and one optimizer step. Before any timing, every method's loss at step 0 must be the
-same. Peak memory is the resident high-water mark of a step in a process of its own a method; on a
-GPU, which is used where there is one, the allocator's peak.
+medians are reported, of the ratios of each round too. A round is forward and backward of every
+micro-batch by each method, added onto gradients that exist, then one AdamW step (fused), timed
+once, since it is the same for all: the same number of parameters, and the states of one model. A
+training step is then `--accumulation` micro-batches and one optimizer step. Before any timing,
+every method's loss at step 0 must be the same. Peak memory is the resident high-water mark of the
+largest micro-batch and an optimizer step in a process of its own a method; on a GPU, which is used
+where there is one, the allocator's peak.
 
 Methods: `sft` is a hand-written loop (SDPA, LM head on target positions); `trl` TRL's SFTTrainer,
 completion-only; `alora` the same with a PEFT aLoRA adapter that starts at the assistant header;
 `prefillshare` our trainer's own step. The quick run is 512/64 on the given model, checkpointing
 off, in under three minutes: it takes the largest micro-batches that fit, down to one conversation,
-and two rounds of TRL and aLoRA (they are slow on a CPU, where TRL runs the LM head everywhere).
+and one round of TRL and aLoRA (they are slow on a CPU, where TRL runs the LM head everywhere).
 
 The whole run takes hours on two cores. It keeps every finished setting under `--runs`: a run that
 was killed, or stopped by `--minutes`, goes on where it was.
@@ -30,6 +31,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -78,7 +80,7 @@ def measure(plan: Plan, options: argparse.Namespace, rate: float, bar: Bar) -> l
     memory = {}
     for method in case.methods:
         memory[method] = speed_memory.measure(method, case, workload, torch.get_num_threads())
-        bar.done(cost[method] + SECONDS_TO_BUILD, f"{label} memory")
+        bar.done(cost[method] * plan.memory_share + SECONDS_TO_BUILD, f"{label} memory")
 
     models, runs = {}, {}
     for method in case.methods:
@@ -114,6 +116,7 @@ def measure(plan: Plan, options: argparse.Namespace, rate: float, bar: Bar) -> l
     optimizer_seconds = statistics.median(optimizer_times)
     seconds = {m: statistics.median(times[m]) for m in case.methods}
     step = {m: seconds[m] * passes + optimizer_seconds for m in case.methods}
+    ratio = {m: step_ratio(times["sft"], times[m], passes, optimizer_seconds) for m in case.methods}
     prompt, response = workload.mean_lengths
     return [
         {
@@ -126,7 +129,7 @@ def measure(plan: Plan, options: argparse.Namespace, rate: float, bar: Bar) -> l
             "response_tokens_per_s": workload.response_tokens * passes / step[method],
             "peak_memory_mib": memory[method].peak,
             "step0_loss": losses[method],
-            "ratio_to_sft": step["sft"] / step[method],
+            "ratio_to_sft": ratio[method],
             "flop_bound": plan.flops["sft"] / plan.flops[method],
             "dtype": case.dtype,
             "workload": workload.name,
@@ -146,6 +149,25 @@ def measure(plan: Plan, options: argparse.Namespace, rate: float, bar: Bar) -> l
         }
         for method in case.methods
     ]
+
+
+def step_ratio(
+    others: Sequence[float], own: Sequence[float], passes: float, optimizer_seconds: float
+) -> float:
+    """How many times as fast a method's step is: the median over rounds.
+
+    A round is compared with itself, since a machine's speed may drift from one to the next.
+
+    Args:
+        others: seconds of the other method's passes, by round.
+        own: of the method's, of the first of these rounds.
+        passes: in a step.
+        optimizer_seconds: of a step.
+    """
+    return statistics.median(
+        (other * passes + optimizer_seconds) / (mine * passes + optimizer_seconds)
+        for other, mine in zip(others, own, strict=False)
+    )
 
 
 def check_losses(losses: dict[str, float], tolerance: float, label: str) -> None:
@@ -195,9 +217,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--checkpointing", choices=("off", "on"), help="both unless given")
     parser.add_argument("--no-random", action="store_true", help="leave the random model out")
-    parser.add_argument("--micro-batch", type=int, help="conversations; 4 where none is given")
+    parser.add_argument("--micro-batch", type=int, help="conversations; 4 unless given")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches in a step")
-    parser.add_argument("--rounds", type=int, help="timed rounds; 3, of TRL and aLoRA 2")
+    parser.add_argument("--rounds", type=int, help="timed rounds; 3, of TRL and aLoRA 1")
     parser.add_argument("--minutes", type=float, help="start no setting that ends later than this")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train_speed.json"))
     parser.add_argument("--runs", type=Path, default=Path("runs/train_speed"))
@@ -239,7 +261,7 @@ def main() -> None:
         queue = quick_plans(options, rates, left, console)
     else:
         limit = math.inf if options.minutes is None else 60 * options.minutes
-        queue = list(all_plans(options, console))
+        queue = all_plans(options, console)
     if not queue:
         raise SystemExit("nothing fits the three minutes of --quick here; run without it")
     left_out = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -57,3 +58,45 @@ def test_other_code_is_measured_anew(
     kept.KeptRows(tmp_path / "runs", "a machine", 4).keep(plan(kept), ROWS)
     source.write_text("fast = True\n")
     assert kept.KeptRows(tmp_path / "runs", "a machine", 4).read(plan(kept)) is None
+
+
+def test_a_round_is_compared_with_itself(kept: Any) -> None:
+    from train_speed import step_ratio
+
+    drifting = [1.0, 2.0, 4.0]  # a machine that halves its speed from round to round
+    assert step_ratio(drifting, [seconds / 2 for seconds in drifting], 4, 0.0) == 2.0
+    assert step_ratio(drifting, [2.0, 4.0], 4, 0.0) == 0.5  # of fewer rounds
+    assert step_ratio([1.0], [0.5], passes=2, optimizer_seconds=1.0) == 1.5
+
+
+def test_memory_is_measured_in_the_largest_micro_batch(kept: Any) -> None:
+    from speed_workloads import random_workload
+
+    small, large = (random_workload(prompt, 4, 2, 100).micro_batches[0] for prompt in (8, 28))
+    several = dataclasses.replace(plan(kept).workload, micro_batches=(small, large, small))
+    assert several.largest.micro_batches == (large,)
+    assert dataclasses.replace(plan(kept), workload=several).memory_share == 64 / (24 + 64 + 24)
+
+
+def test_what_the_targets_are_about_comes_first(kept: Any, tmp_path: Path) -> None:
+    from rich.console import Console
+    from speed_plans import all_plans
+    from speed_workloads import RANDOM_MODEL, Case
+
+    Case(RANDOM_MODEL, "none", False, "float32").config().save_pretrained(tmp_path)
+    options = argparse.Namespace(
+        model=str(tmp_path),
+        micro_batch=2,
+        checkpointing=None,
+        dtype=["bfloat16", "float32"],
+        no_random=False,
+        shapes=[(16, 8), (32, 8)],
+        rounds=None,
+        seal_tools=tmp_path / "absent",
+    )
+    plans = all_plans(options, Console(quiet=True))
+    assert len(plans) == 2 * 2 * 2 * 2 * 2  # shapes, dtypes, adapters, models, checkpointing
+    assert len({(p.case, p.workload.name) for p in plans}) == len(plans)
+    settings = [(p.case.model == RANDOM_MODEL, p.case.checkpointing, p.case.dtype) for p in plans]
+    assert settings[:8] == [(False, False, "bfloat16")] * 4 + [(False, False, "float32")] * 4
+    assert settings[-8:] == [(False, True, "float32")] * 4 + [(True, True, "float32")] * 4
