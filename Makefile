@@ -57,8 +57,8 @@ vllm-packages: $(VLLM_PACKAGES) ## Make .venv-vllm: vLLM for CPU and what it nee
 
 vllm-env: $(VLLM_INSTALLED) ## vllm-packages, and this package beside them
 
-test-vllm: $(VLLM_INSTALLED) $(WEIGHTS) ## Run the tests against real vLLM servers
-	$(VLLM_PYTHON) -m pytest tests/vllm --timeout=600 $(PYTEST_ARGS)
+test-vllm: $(VLLM_INSTALLED) $(WEIGHTS) ## Run the tests against real vLLM servers (40 minutes, most of them over NIXL)
+	$(VLLM_PYTHON) -m pytest tests/vllm --timeout=1200 -m 'not slow' $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## Check style, formatting, types and the direction of imports
 	@failed=; \

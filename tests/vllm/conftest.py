@@ -8,8 +8,10 @@ Run by the Python of .venv-vllm. Where vLLM is not installed nothing here is col
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
+import random
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,8 +35,11 @@ else:
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASE = REPOSITORY / ".cache" / "models" / "smollm2-135m-instruct"
 READY_S = 240
-LEASE_S = 60  # a first handshake took half a minute on a busy machine
+# Servers that never rest share few cores here, and virtual machines stand still at times: a first
+# handshake took a minute. What is about these times brings its own.
+LEASE_S = 300
 """For how long the base holds K/V that nobody reads."""
+CLAIM_TIMEOUT_S = 60.0
 CHUNKED = ("--max-num-batched-tokens", "64", "--max-num-seqs", "16")
 # Around the edges of blocks of 32; from 65 on, the base prefills in chunks of 64 tokens.
 LENGTHS = (1, 2, 31, 32, 33, 34, 63, 64, 65, 96, 129, 200)
@@ -106,7 +111,7 @@ def nixl(models: Models, prompts: object, log_folder: Path) -> Iterator[Deployme
     with contextlib.ExitStack() as stack:
         stack.callback(launcher.stop)
         options = [
-            nixl_server(models.base, "base", producer=True, cores=core(0), extra=CHUNKED),
+            nixl_server(models.base, "base", producer=True, extra=CHUNKED),
             nixl_server(models.folders["ada"], "ada", models=models, middleware=(GUARD,)),
             nixl_server(models.folders["bob"], "bob", models=models),
         ]
@@ -115,15 +120,20 @@ def nixl(models: Models, prompts: object, log_folder: Path) -> Iterator[Deployme
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Ports that nobody listens on, none of those that Linux gives to whoever asks for any.
+
+    A server takes many of the latter before it listens on its own, and might take one of these.
+    """
+    found: list[int] = []
+    with contextlib.ExitStack() as stack:
+        for port in random.sample(range(15_000, 32_000), 200):
+            one = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                one.bind(("127.0.0.1", port))
+                found.append(port)
+            if len(found) == count:
+                break
+    return found
 
 
 def server(model: Path | str, name: str, **values: Any) -> InstanceOptions:
@@ -146,10 +156,17 @@ def core(index: int) -> str:
 
 
 def nixl_server(
-    model: Path, name: str, *, producer: bool = False, models: Models | None = None, **values: Any
+    model: Path,
+    name: str,
+    *,
+    producer: bool = False,
+    models: Models | None = None,
+    lease_s: int = LEASE_S,
+    **values: Any,
 ) -> InstanceOptions:
     """Options of a server on the NIXL route; a decoder's, unless it is the producer."""
-    extra: dict[str, Any] = {"kv_lease_duration": LEASE_S, "num_threads": 1}
+    extra: dict[str, Any] = {"kv_lease_duration": lease_s, "claim_timeout_s": CLAIM_TIMEOUT_S}
+    extra["num_threads"] = 1
     if models is not None:
         extra["base"] = str(models.base)
     transfer = {
@@ -162,9 +179,11 @@ def nixl_server(
         "kv_transfer": transfer,
         "nixl_port": free_ports(1)[0],
         "prefix_caching": producer,
-        "cores": core(1),
+        "cores": "nobind",
     }
-    return server(model, name, **(settings | values))
+    made = server(model, name, **(settings | values))
+    # NIXL's progress thread never rests, and would inherit the core of the model's thread.
+    return dataclasses.replace(made, environment={**made.environment, "OMP_NUM_THREADS": "1"})
 
 
 def shared_text(seed: int) -> str:

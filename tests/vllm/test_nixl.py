@@ -7,6 +7,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 from tests.vllm.calls import Deployment, complete, metric, prefill, stream, tokens_of
 from tests.vllm.conftest import LENGTHS, READY_S, prompt_of
@@ -24,6 +25,15 @@ def test_a_decoder_reads_all_of_a_prompt_but_its_last_token(
 ) -> None:
     prompt = prompts[length]
     assert nixl.answer(name, prompt) == models.answer(name, prompt)
+
+
+def test_the_model_s_thread_may_run_on_every_core(nixl: Deployment) -> None:
+    own = os.sched_getaffinity(0)
+    for instance in (nixl.base, *nixl.decoders.values()):
+        processes = psutil.Process(instance.pid).children(recursive=True)
+        workers = [one.pid for one in processes if one.name().startswith("VLLM::Worker")]
+        assert workers, processes
+        assert [os.sched_getaffinity(pid) for pid in workers] == [own] * len(workers)
 
 
 @pytest.mark.parametrize("name", FULL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 import pytest
 from tests.vllm.calls import ASK, Deployment, complete, prefill, stream, tokens_of
 from tests.vllm.conftest import (
-    LEASE_S,
     READY_S,
     Launcher,
     nixl_server,
@@ -20,8 +20,10 @@ from tests.vllm.conftest import (
 from tests.vllm.models import Models
 
 from prefillshare_train.core.contract import Contract
+from prefillshare_train.engines.vllm.instance import Instance
 from prefillshare_train.engines.vllm.process import InstanceError, wait_until_ready
 
+SHORTEST_LEASE_S = 6
 FAILED = 500
 """What vLLM answers where the connector fails a request."""
 
@@ -54,11 +56,13 @@ def test_of_two_that_use_it_at_once_one_is_refused(nixl: Deployment, models: Mod
                 assert tokens_of(answer) == models.answer(name, prompt)
 
 
-def test_a_prefill_whose_time_is_up(nixl: Deployment, models: Models) -> None:
+def test_a_prefill_whose_time_is_up(nixl: Deployment, models: Models, launch: Launcher) -> None:
+    (hasty,) = launch(nixl_server(models.base, "base", producer=True, lease_s=SHORTEST_LEASE_S))
     prompt = prompt_of(models, 50, seed=120)
-    ticket = prefill(nixl.base, prompt)
-    time.sleep(LEASE_S + 2)
+    ticket = prefill(hasty, prompt)
+    time.sleep(SHORTEST_LEASE_S + 2)
     assert complete(nixl.decoders["bob"], "bob", prompt, ticket).status_code == FAILED
+    hasty.stop()
 
 
 def test_another_prompt_of_the_same_length(nixl: Deployment, models: Models) -> None:
@@ -159,8 +163,27 @@ def test_a_decoder_that_does_not_fit_does_not_start(
     }
     instances = launch(*wrong.values(), ready=False)
     for instance, message in zip(instances, wrong, strict=True):
-        with pytest.raises(InstanceError) as caught:
-            wait_until_ready([instance], timeout_s=READY_S)
-        log = instance.log.read_text()
-        instance.stop()
-        assert message in log, str(caught.value)
+        assert message in why_it_ended(instance)
+
+
+def test_a_base_whose_side_channel_is_taken_does_not_start(
+    models: Models, launch: Launcher
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        options = nixl_server(
+            models.base, "taken", producer=True, nixl_port=port, extra=("--load-format", "dummy")
+        )
+        (base,) = launch(options, ready=False)
+        assert f"side channel cannot be opened on 127.0.0.1:{port}" in why_it_ended(base)
+
+
+def why_it_ended(instance: Instance) -> str:
+    """The log of a server that ends in place of becoming ready."""
+    with pytest.raises(InstanceError):
+        wait_until_ready([instance], timeout_s=READY_S)
+    log = instance.log.read_text()
+    instance.stop()
+    return log

@@ -222,7 +222,7 @@ def test_a_killed_prefill_instance_over_nixl(
 ) -> None:
     prompt = prompt_of(models, 70, seed=5)
     wanted = texts(models, models.answer("ada", prompt))
-    (own,) = launch(nixl_server(models.base, "base", producer=True, cores=core(0)))
+    (own,) = launch(nixl_server(models.base, "base", producer=True))
     bases = [own, nixl.base]
     with routed(models, bases, handover="nixl", decoders=pools(nixl)) as running:
         killed, other = running.backend.fleet.prefill

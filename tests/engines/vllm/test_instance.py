@@ -225,6 +225,7 @@ def test_the_command_line_and_the_environment_say_all_options() -> None:
     assert variables["VLLM_CPU_OMP_THREADS_BIND"] == "0"
     assert variables["VLLM_CPU_KVCACHE_SPACE"] == "1"
     assert variables["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "5601"
+    assert variables["UCX_USE_MT_MUTEX"] == "y"
     assert variables["X"] == "1"
     assert options.url == "http://127.0.0.1:8101"
 

@@ -100,6 +100,10 @@ class InstanceOptions:
         if self.nixl_port is not None:
             found["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(self.nixl_port)
             found["VLLM_NIXL_SIDE_CHANNEL_HOST"] = self.nixl_host
+            if self.cpu_kv_gib is not None:
+                # A thread of NIXL's never rests. Where cores are few, the model's waits behind its
+                # spinlock for up to a minute.
+                found["UCX_USE_MT_MUTEX"] = "y"
         return found | dict(self.environment)
 
     @property

@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.utils import zmq_ctx
 from vllm.utils.network_utils import make_zmq_path
 
 from prefillshare_train.core.contract import ContractError
+from prefillshare_train.engines.vllm.errors import VllmError
 from prefillshare_train.engines.vllm.nixl_tickets import (
     CLAIM_MESSAGE,
     Claim,
@@ -55,6 +56,7 @@ class TicketScheduler(NixlPullConnectorScheduler):
         self._book = TicketBook()
         self._refusals: dict[str, str] = {}
         self._to_fail: dict[str, list[int]] = {}
+        self._cannot_listen: zmq.ZMQError | None = None
 
     def on_new_request(self, request: Any) -> None:
         """Note what must become of a request that has arrived."""
@@ -180,7 +182,37 @@ class TicketScheduler(NixlPullConnectorScheduler):
             self._book.withdraw(request_id)
         super().update_connector_output(connector_output)
 
+    def set_xfer_handshake_metadata(self, metadata: Any) -> None:
+        """Begin to answer handshakes and claims.
+
+        Raises:
+            VllmError: the address for them cannot be listened on. Stock vLLM waits for ever then.
+        """
+        super().set_xfer_handshake_metadata(metadata)
+        if self._cannot_listen is not None:
+            raise VllmError(
+                f"NIXL's side channel cannot be opened on {self.side_channel_host}:"
+                f"{self.side_channel_port}: {self._cannot_listen}. Give another address with "
+                "VLLM_NIXL_SIDE_CHANNEL_HOST and VLLM_NIXL_SIDE_CHANNEL_PORT"
+            )
+
     def _nixl_handshake_listener(
+        self,
+        encoded_data: dict[tuple[int, int], Any],
+        ready_event: Any,
+        stop_event: Any,
+        host: str,
+        port: int,
+    ) -> None:
+        try:
+            self._listen(encoded_data, ready_event, stop_event, host, port)
+        except zmq.ZMQError as error:
+            if ready_event.is_set():
+                raise
+            self._cannot_listen = error
+            ready_event.set()
+
+    def _listen(
         self,
         encoded_data: dict[tuple[int, int], Any],
         ready_event: Any,

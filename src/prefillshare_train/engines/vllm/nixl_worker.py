@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -47,7 +50,8 @@ class ClaimingWorker(NixlPullConnectorWorker):
     def __init__(
         self, vllm_config: Any, engine_id: str, kv_cache_config: Any, claim_timeout_s: float
     ) -> None:
-        super().__init__(vllm_config, engine_id, kv_cache_config)
+        with _same_cores():
+            super().__init__(vllm_config, engine_id, kv_cache_config)
         self.nixl_wrapper = _Quiet(self.nixl_wrapper)
         self._claim_timeout_ms = int(claim_timeout_s * 1000)
         self._claimants = ThreadPoolExecutor(_CLAIM_THREADS, thread_name_prefix="nixl-claim")
@@ -124,6 +128,22 @@ class ClaimingWorker(NixlPullConnectorWorker):
         """Stop claiming, then as stock vLLM does."""
         self._claimants.shutdown(wait=False, cancel_futures=True)
         super().shutdown()
+
+
+@contextlib.contextmanager
+def _same_cores() -> Iterator[None]:
+    """Leave this thread, which runs the model, on the cores that its instance was given.
+
+    On a CPU stock vLLM moves it to the last core of the machine, all instances' to the same one.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def ask(path: str, claim: Claim, timeout_ms: int) -> Grant:
