@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +112,24 @@ def test_a_block_larger_than_the_budget_is_dropped_and_counted(tmp_path: Path) -
     assert not store.write(key(0), block(0))
     assert store.counts["dropped_blocks"] == 1
     assert list(tmp_path.rglob("*.tmp")) == []
+
+
+def test_a_block_that_is_evicted_while_it_is_opened_is_read_whole(
+    store: BlockStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # safetensors has read the header by then, and hands torch the same name.
+    open_again = torch.UntypedStorage.from_file
+
+    def evicted_first(*args: Any, **named: Any) -> torch.UntypedStorage:
+        store._evict(0)
+        return open_again(*args, **named)
+
+    store.write(key(0), block(5))
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", evicted_first)
+    (held,) = store.read([key(0)])
+    assert not store.has(key(0))
+    assert torch.equal(held, block(5))
+    assert store.counts["corrupt_blocks"] == 0
 
 
 def test_a_block_that_is_evicted_while_it_is_read_stays_readable(store: BlockStore) -> None:

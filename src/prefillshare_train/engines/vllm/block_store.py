@@ -22,6 +22,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -151,7 +152,7 @@ class BlockStore:
     def _read(self, key: str) -> Tensor | None:
         path = self._path(key)
         try:
-            with safe_open(str(path), "pt") as opened:
+            with _opened(path) as opened:
                 about = opened.metadata() or {}
                 block: Tensor = opened.get_tensor("kv")
             sound = about.get("key") == key and (
@@ -299,6 +300,17 @@ class BlockStore:
             with contextlib.suppress(OSError):
                 if path.read_text() not in left:
                     path.unlink()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A block's file for `safetensors`, whole even where it is evicted meanwhile.
+
+    `safe_open` opens the name it is given twice, for the header and then, by torch, for the tensor.
+    The descriptor's own name leads to one file whatever happens to the block's.
+    """
+    with path.open("rb") as file, safe_open(f"/dev/fd/{file.fileno()}", "pt") as opened:
+        yield opened
 
 
 def _touch(path: Path) -> None:
