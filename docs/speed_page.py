@@ -42,7 +42,8 @@ def _training() -> list[str]:
         "## Beside other ways to train",
         "`make bench-train` measures a hand-written SFT loop, TRL's SFTTrainer, PEFT's aLoRA under "
         "TRL, and ours on the same token ids, interleaved in one process; medians. ratio: step "
-        "time of the hand-written loop over that of the method. bound: the same by FLOPs "
+        "time of the hand-written loop over that of the method, in the same round, for a machine's "
+        "speed changes from round to round. bound: the same by FLOPs "
         "([formula](method.md#cost)). matmul: FLOP/s of the passes over what a plain matrix "
         "product of the model's MLP shape reached in the same rounds. MiB: peak resident memory of "
         "a step in a process of its own, libraries included. Every method's loss at step 0 agreed. "

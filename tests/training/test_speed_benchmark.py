@@ -100,3 +100,21 @@ def test_what_the_targets_are_about_comes_first(kept: Any, tmp_path: Path) -> No
     settings = [(p.case.model == RANDOM_MODEL, p.case.checkpointing, p.case.dtype) for p in plans]
     assert settings[:8] == [(False, False, "bfloat16")] * 4 + [(False, False, "float32")] * 4
     assert settings[-8:] == [(False, True, "float32")] * 4 + [(True, True, "float32")] * 4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "near", "far"),
+    [("float32", 0.700001, 0.7001), ("bfloat16", 0.706, 0.73)],
+)
+def test_methods_that_train_different_things_are_not_compared(
+    kept: Any, dtype: str, near: float, far: float
+) -> None:
+    from train_speed import check_losses
+
+    check_losses({"sft": 0.7, "prefillshare": near}, dtype, "a setting")
+    with pytest.raises(
+        SystemExit, match=r"a setting: the loss of trl at step 0 is .*, that of sft"
+    ):
+        check_losses({"sft": 0.7, "trl": far}, dtype, "a setting")
+    with pytest.raises(SystemExit, match="nan"):
+        check_losses({"sft": 0.7, "prefillshare": float("nan")}, dtype, "a setting")
