@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from prefillshare_train.engines.vllm import block_store
 from prefillshare_train.engines.vllm.block_store import BlockStore
 from prefillshare_train.engines.vllm.errors import VllmError
 
@@ -235,6 +236,28 @@ def test_a_killed_writer_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not half.exists()
     assert list((root / "ns").glob("*.pending")) == []
     assert len(again.read([key(0)])) == 1
+
+
+def test_what_is_being_written_has_its_writers_name(
+    store: BlockStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Killed here, it leaves nothing but what `_clean` knows as its own.
+    folder = store._folder
+    found: list[str] = []
+    monkeypatch.setattr(
+        block_store, "_touch", lambda _: found.extend(path.name for path in folder.iterdir())
+    )
+    write = Path.write_bytes
+
+    def listed(path: Path, content: bytes) -> int:
+        written = write(path, content)
+        found.extend(beside.name for beside in folder.iterdir())
+        return written
+
+    monkeypatch.setattr(Path, "write_bytes", listed)
+    assert store.write(key(0), block(0))
+    assert len(found) == 2
+    assert all(name.startswith(store.id) and name.endswith(".tmp") for name in found)
 
 
 def _churn(root: Path, seed: int, budget: int, faults: multiprocessing.Queue) -> None:  # type: ignore[type-arg]

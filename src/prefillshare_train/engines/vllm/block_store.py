@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from prefillshare_train.engines.vllm.errors import VllmError
@@ -111,7 +111,9 @@ class BlockStore:
         beside = self._beside()
         about = {"key": key, "crc32": str(_crc32(block)) if self._checksums else ""}
         try:
-            save_file({"kv": block}, beside, metadata=about)
+            # Not `save_file`, which writes under a name of its own that `_clean` does not know, and
+            # whose error on a full disk is no OSError.
+            beside.write_bytes(save({"kv": block}, metadata=about))
             size = beside.stat().st_size
             _touch(beside)
             with self._lock():
