@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 import httpx
 
 from prefillshare_train.serving.api import EngineStats
+from prefillshare_train.serving.event_stream import event_data
 from prefillshare_train.workloads.client import Call, OverloadedError, Reply
 
 Api = Literal["completions", "chat"]
@@ -150,10 +151,8 @@ class HttpClient:
 
 
 async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    async for line in response.aiter_lines():
-        name, _, value = line.partition(":")
-        if name == "data" and value.strip() != "[DONE]":
-            yield json.loads(value)
+    async for data in event_data(response.aiter_bytes()):
+        yield json.loads(data)
 
 
 def _text_of(chunk: dict[str, Any]) -> str | None:

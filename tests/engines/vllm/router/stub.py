@@ -250,4 +250,5 @@ class Stub:
 
 
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data)}\n\n"
+    # As vLLM has it: what ends a line of text, though not one of the stream, stays as it is.
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"

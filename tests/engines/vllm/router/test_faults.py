@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from typing import Any
 
 import httpx
 import pytest
@@ -237,3 +238,20 @@ def test_an_instance_that_asks_for_a_key() -> None:
         running.prefill[0].key = "another"
         running.backend.fleet.prefill[0].lost("told so")
         wait_for(lambda: "API key" in running.http.get("/replicas").text)
+
+
+def test_a_response_may_hold_what_ends_a_line_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoken = {"x": "\u2028", "y": "\x85"}  # several bytes, which are several tokens of these models
+    with deploy(script="axbyc") as running:
+        (stub,) = running.pools["math"]
+        chunk = stub._chunk
+
+        def said(*args: Any) -> dict[str, Any]:
+            made = chunk(*args)
+            (choice,) = made["choices"]
+            choice["text"] = spoken.get(choice["text"], choice["text"])
+            return made
+
+        monkeypatch.setattr(stub, "_chunk", said)
+        assert text_of(running.chat()) == "a\u2028b\x85c"
+        assert len(stub.calls) == 1

@@ -18,6 +18,7 @@ from prefillshare_train.engines.vllm.router.wire import (
     read_piece,
     read_prefilled,
 )
+from prefillshare_train.serving.event_stream import event_data
 
 _PATH = "/v1/completions"
 # Below vLLM's own 5 s: a connection that it closes as a request is sent looks like a dead instance.
@@ -25,8 +26,6 @@ _KEEP_ALIVE_S = 2.0
 _MAX_MESSAGE = 300
 _INVALID = frozenset({400, 413, 422})
 _FINAL = frozenset({401, 403, 404})
-_DATA = "data:"
-_DONE = "[DONE]"
 
 Failure = Literal["dead", "timeout", "failed", "refused", "invalid"]
 
@@ -115,11 +114,8 @@ class Upstream:
             async with call as answer:
                 if answer.status_code != 200:
                     _check(replica, answer.status_code, await answer.aread())
-                async for line in answer.aiter_lines():
-                    data = line[len(_DATA) :].strip() if line.startswith(_DATA) else ""
-                    if data == _DONE:
-                        break
-                    piece = self._piece(replica, data, body.get("logprobs")) if data else None
+                async for data in event_data(answer.aiter_bytes()):
+                    piece = self._piece(replica, data, body.get("logprobs"))
                     if piece is not None:
                         finished = finished or piece.finish_reason is not None
                         yield piece
