@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from prefillshare_train.cli.main import app
 from prefillshare_train.evaluation.compare import compare
 from prefillshare_train.evaluation.plots import plot_sharing
+from prefillshare_train.evaluation.records import RunFolder
 from prefillshare_train.evaluation.statistics import mcnemar, wilson
 from prefillshare_train.evaluation.tables import html, markdown
 from prefillshare_train.evaluation.task import EvaluationError
@@ -32,7 +33,10 @@ def row(label: str, variant: str, **options: Any) -> dict[str, Any]:
 
 
 def write_run(
-    folder: Path, rows: list[tuple[dict[str, Any], str]], notes: tuple[str, ...] = ()
+    folder: Path,
+    rows: list[tuple[dict[str, Any], str]],
+    notes: tuple[str, ...] = (),
+    settings: dict[str, Any] | None = None,
 ) -> Path:
     """A run whose rows have these verdicts: `1` right, `0` wrong, item by item."""
     results = []
@@ -40,15 +44,16 @@ def write_run(
         path = folder / "items" / entry["task"] / f"{entry['variant']}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         items = [
-            {"item_id": str(n), "prompt_sha256": "p", "correct": v == "1"}
+            {"item_id": str(n), "request_sha256": "p", "correct": v == "1"}
             for n, v in enumerate(verdicts)
         ]
         path.write_text("".join(json.dumps(item) + "\n" for item in items))
         right = verdicts.count("1")
         figures = {"n": len(verdicts), "score": right / len(verdicts)}
         results.append({**entry, **figures, "ci95": list(wilson(right, len(verdicts)))})
-    tasks = {entry["task"]: {"notes": list(notes)} for entry, _ in rows}
-    (folder / "summary.json").write_text(json.dumps({"results": results, "tasks": tasks}))
+    tasks = {e["task"]: {"notes": list(notes), "settings": settings or {}} for e, _ in rows}
+    summary = {"results": results, "tasks": tasks, "run": {"dtype": "float32"}, "complete": True}
+    (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
 
@@ -184,3 +189,63 @@ def test_the_command_tells_a_users_error_in_one_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["compare", str(tmp_path)])
     assert result.exit_code == 2
     assert "no summary.json" in result.output
+
+
+def test_an_answer_may_hold_what_ends_a_line_of_text(tmp_path: Path) -> None:
+    said = "a\u2028b\x85c\u2029d\x0b\x1ce"
+    record = {"item_id": "1", "request_sha256": "p", "correct": True, "output": said}
+    run = write_run(tmp_path, [(row("base", "base--self", boundary=None), "1")])
+    folder = RunFolder(run)
+    folder.write_verdicts("sums", "base--self", [record])
+    folder.add_outputs("sums", [record])
+    assert folder.verdicts("sums", "base--self") == {"1": record}
+    assert folder.outputs("sums") == [record]
+    assert compare([run]).results[0].verdicts == {("1", "p"): True}
+
+
+def test_only_the_rows_own_items_are_paired(tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path,
+        [
+            (row("base", "base--self", boundary=None), "0000000"),
+            (row("PrefillShare", "ours--last_token"), "1111111"),
+        ],
+    )
+    path = run / "summary.json"
+    summary = json.loads(path.read_text())
+    for result in summary["results"]:  # as `--limit 2` leaves them after a longer start
+        result["n"] = 2
+    path.write_text(json.dumps(summary))
+    ((_, _, _, test),) = compare([run]).paired
+    assert test.n == 2
+
+
+def test_results_of_different_settings_are_not_tested_against_each_other(tmp_path: Path) -> None:
+    base = [(row("base", "base--self", boundary=None), "00")]
+    ours = [(row("PrefillShare", "ours--last_token"), "11")]
+    first = write_run(tmp_path / "a", base, settings={"timeout": 3, "sandbox": "namespaces"})
+    second = write_run(tmp_path / "b", ours, settings={"timeout": 3, "sandbox": "limits"})
+    third = write_run(tmp_path / "c", ours, settings={"timeout": 9, "template": "long" * 50})
+    assert len(compare([first, second]).paired) == 1
+    comparison = compare([first, third])
+    assert comparison.paired == []
+    (note,) = comparison.notes
+    assert "made with different settings (template; timeout 3 and 9)" in note
+
+
+def test_results_without_a_common_request_are_said_so(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a", [(row("base", "base--self", boundary=None), "00")])
+    second = write_run(tmp_path / "b", [(row("PrefillShare", "ours--last_token"), "11")])
+    path = second / "items" / "sums" / "ours--last_token.jsonl"
+    path.write_text(path.read_text().replace('"p"', '"q"'))
+    comparison = compare([first, second])
+    assert comparison.paired == []
+    assert any("have no request in common" in note for note in comparison.notes)
+
+
+def test_an_unfinished_evaluation_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [(row("base", "base--self", boundary=None), "00")])
+    path = run / "summary.json"
+    path.write_text(path.read_text().replace('"complete": true', '"complete": false'))
+    with pytest.raises(EvaluationError, match="did not finish every task"):
+        compare([run])

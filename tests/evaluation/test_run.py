@@ -395,3 +395,63 @@ def test_an_item_that_does_not_fit_the_model_is_told_before_any_work(
     monkeypatch.setattr(answering, "generate", None)
     with pytest.raises(EvaluationError, match=r"item long has \d+ prompt tokens and may take 9999"):
         evaluate(loaded, variants_of(loaded.decoders, None, []), [Long()], tmp_path, LIMITS)
+
+
+class Dated(Vowels):
+    """The same settings, and another text: as a template that gives the date."""
+
+    def items(self) -> list[EvalItem]:
+        message = {"role": "user", "content": "Today is another day."}
+        return [dataclasses.replace(item, messages=(message,)) for item in super().items()]
+
+
+def test_answers_to_other_prompts_are_refused_before_the_first_answer(
+    folder: Path, tmp_path: Path
+) -> None:
+    loaded = contestants(folder, "ours", "other")
+    ours, other = variants_of(loaded.decoders, None, [])
+    evaluate(loaded, [ours], [Vowels()], tmp_path, LIMITS)
+    before = outputs(tmp_path)
+    with pytest.raises(EvaluationError, match=r"item v/0 was answered by .* to another prompt"):
+        evaluate(loaded, [other], [Dated()], tmp_path, LIMITS)
+    assert outputs(tmp_path) == before
+
+
+def test_the_summary_keeps_other_tasks_and_decoders(folder: Path, tmp_path: Path) -> None:
+    class More(Vowels):
+        name = "more"
+
+    class Broken(Vowels):
+        name = "broken"
+
+        def judge(self, *_: Any) -> list[Verdict]:
+            raise EvaluationError("no verdicts today")
+
+    loaded = contestants(folder, "ours", "other")
+    ours, other = variants_of(loaded.decoders, None, [])
+    evaluate(loaded, [ours], [Vowels()], tmp_path, LIMITS)
+    evaluate(loaded, [other], [Vowels()], tmp_path, LIMITS)
+    path = evaluate(loaded, [ours], [More()], tmp_path, LIMITS)
+    summary = json.loads(path.read_text())
+    found = [(row["task"], row["decoder"]) for row in summary["results"]]
+    assert found == [("vowels", "ours"), ("vowels", "other"), ("more", "ours")]
+    assert set(summary["tasks"]) == set(summary["shared_prefill"]) == {"vowels", "more"}
+    assert set(summary["contracts"]) == {"ours", "other"}
+    assert summary["complete"]
+    # Two starts, two prefills: nothing was shared.
+    assert summary["shared_prefill"]["vowels"]["saved_share"] == 0
+    with pytest.raises(EvaluationError, match="no verdicts"):
+        evaluate(loaded, [ours], [More(), Broken()], tmp_path, LIMITS)
+    assert not json.loads(path.read_text())["complete"]
+
+
+def test_a_task_that_cannot_be_rendered_binds_no_later_try(folder: Path, tmp_path: Path) -> None:
+    class TooLong(Vowels):
+        def items(self) -> list[EvalItem]:
+            return [dataclasses.replace(i, max_new_tokens=10**6) for i in super().items()]
+
+    loaded = contestants(folder, "ours")
+    variants = variants_of(loaded.decoders, None, [])
+    with pytest.raises(EvaluationError, match="Lower"):
+        evaluate(loaded, variants, [Vowels(), TooLong(version=2)], tmp_path, LIMITS)
+    evaluate(loaded, variants, [Vowels(version=3)], tmp_path, LIMITS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ class Answered:
         base_tokens: prompt tokens that the base ran for this variant.
         seconds: wall time of this variant's generation, its share of the group's.
         prefill_seconds: the same of the base's prefill, which all variants of a prompt share.
+        prefill_id: of that prefill; answers of two sittings do not share one.
     """
 
     variant: Variant
@@ -37,6 +39,7 @@ class Answered:
     base_tokens: int
     seconds: float
     prefill_seconds: float
+    prefill_id: str
 
 
 def answer(
@@ -92,6 +95,7 @@ def _answer_group(
         [p.ids[: max(cut.values())] for p, cut in zip(prompts, cuts, strict=True)]
     )
     prefill_seconds = (time.perf_counter() - start) / len(group)
+    prefill_id = uuid.uuid4().hex
     variants = dict.fromkeys(v for _, found in group for v in found)
     for variant in variants:
         rows = [i for i, (_, found) in enumerate(group) if variant in found]
@@ -116,7 +120,16 @@ def _answer_group(
             text = contestants.renderer.decode(ids, skip_special_tokens=True)
             text = cut_at(text, prompt.item.stop)
             answers.append(
-                Answered(variant, prompt, text, len(ids), lengths[row], seconds, prefill_seconds)
+                Answered(
+                    variant,
+                    prompt,
+                    text,
+                    len(ids),
+                    lengths[row],
+                    seconds,
+                    prefill_seconds,
+                    prefill_id,
+                )
             )
             progress()
         yield answers

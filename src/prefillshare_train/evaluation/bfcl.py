@@ -207,7 +207,8 @@ def _read(file: Path) -> list[dict[str, Any]]:
             "the package's own"
         ) from error
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # As bytes, for a text's lines also end at characters that JSON strings may hold.
+    for number, line in enumerate(text.encode().splitlines(), start=1):
         try:
             row = json.loads(line)
         except ValueError as error:

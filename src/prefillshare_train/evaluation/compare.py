@@ -8,18 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefillshare_train.evaluation.records import Record
+from prefillshare_train.evaluation.records import Record, read_json_lines
 from prefillshare_train.evaluation.statistics import Paired, mcnemar
 from prefillshare_train.evaluation.task import EvaluationError
 
+_TOLD = 100
 LABELS = ("base", "Full-FT", "naive", "PrefillShare")
 
 
 @dataclass(frozen=True)
 class Result:
-    """A row of a summary, and its verdicts by item and prompt."""
+    """A row of a summary, and its verdicts by item and request.
+
+    Attributes:
+        settings: what shaped the answers beside the request: the task's settings and the base's.
+    """
 
     row: Record
+    settings: Record
     verdicts: dict[tuple[str, str], bool]
 
     @property
@@ -76,7 +82,8 @@ def compare(runs: Sequence[Path]) -> Comparison:
     Full-FT against base.
 
     Raises:
-        EvaluationError: a folder has no summary, or two results have one name in one task.
+        EvaluationError: a folder is not a finished evaluation, or two results have one name in one
+            task.
     """
     results: list[Result] = []
     notes: dict[str, None] = {}
@@ -85,8 +92,14 @@ def compare(runs: Sequence[Path]) -> Comparison:
         if not path.is_file():
             raise EvaluationError(f"{run} has no summary.json: it is not a finished evaluation")
         summary: dict[str, Any] = json.loads(path.read_text())
+        if not summary["complete"]:
+            raise EvaluationError(
+                f"{path}: its last start did not finish every task. Repeat its command"
+            )
         for row in summary["results"]:
-            result = Result(row, _verdicts(run, row))
+            settings = {**summary["tasks"][row["task"]]["settings"], **summary["run"]}
+            settings.pop("sandbox", None)  # the machine's, and no matter for a verdict
+            result = Result(row, settings, _verdicts(run, row))
             same = [r for r in results if (r.name, r.task) == (result.name, result.task)]
             if same and same[0].verdicts != result.verdicts:
                 raise EvaluationError(
@@ -102,6 +115,7 @@ def compare(runs: Sequence[Path]) -> Comparison:
         for name, task in summary["tasks"].items():
             notes |= {f"{name}: {note}": None for note in task["notes"]}
     results.sort(key=lambda r: (LABELS.index(r.row["label"]), r.row["decoder"]))
+    notes |= dict.fromkeys(_differences(results))
     return Comparison(results, _paired(results), list(notes))
 
 
@@ -109,8 +123,38 @@ def _verdicts(run: Path, row: Record) -> dict[tuple[str, str], bool]:
     path = run / "items" / row["task"] / f"{row['variant']}.jsonl"
     if not path.is_file():
         raise EvaluationError(f"{path} is missing: its verdicts are needed for paired tests")
-    records = map(json.loads, path.read_text().splitlines())
-    return {(r["item_id"], r["prompt_sha256"]): bool(r["correct"]) for r in records}
+    # Beyond the row's are items of an earlier start with a higher --limit.
+    records = read_json_lines(path)[: row["n"]]
+    return {(r["item_id"], r["request_sha256"]): bool(r["correct"]) for r in records}
+
+
+def _differences(results: Sequence[Result]) -> list[str]:
+    """A note for each two results of a task that were not made alike."""
+    found = []
+    for task in dict.fromkeys(result.task for result in results):
+        first, *others = [result for result in results if result.task == task]
+        for other in others:
+            keys = {*first.settings, *other.settings}
+            values = {key: (first.settings.get(key), other.settings.get(key)) for key in keys}
+            words = [
+                _words(key, *both) for key, both in sorted(values.items()) if both[0] != both[1]
+            ]
+            if words:
+                found.append(
+                    f"{task}: {first.name} and {other.name} were made with different settings "
+                    f"({'; '.join(words)}), so their scores do not compare."
+                )
+            elif not first.verdicts.keys() & other.verdicts.keys():
+                found.append(
+                    f"{task}: {first.name} and {other.name} have no request in common, so they "
+                    "are not tested against each other."
+                )
+    return found
+
+
+def _words(key: str, first: Any, second: Any) -> str:
+    told = f"{key} {first!r} and {second!r}"
+    return told if len(told) <= _TOLD else key  # templates and hashes of files are long
 
 
 def _paired(results: Sequence[Result]) -> list[tuple[str, str, str, Paired]]:
@@ -119,6 +163,8 @@ def _paired(results: Sequence[Result]) -> list[tuple[str, str, str, Paired]]:
         for first in results:
             worth = LABELS.index(first.row["label"]) < LABELS.index(second.row["label"])
             if first.task != second.task or not worth or second.row["label"] == "naive":
+                continue
+            if first.settings != second.settings:
                 continue
             shared = [key for key in first.verdicts if key in second.verdicts]
             if shared:

@@ -36,6 +36,7 @@ PLUS_SHA256 = "42526ec0e7d5f3ee0b06d6ced98f8c8bae3d76519151bfb3d36f79010645bd7f"
 EVALPLUS_SECONDS = 2 * 63.0
 # It writes the expected outputs into its cache: 150 MB for HumanEval/15.
 EVALPLUS_DISK = 512 << 20
+ANSWER_TOKENS = 768  # evalplus's own, for both, so that they share their answers
 
 
 class HumanEvalTask(CodeTask):
@@ -62,7 +63,7 @@ class HumanEvalTask(CodeTask):
         sandbox: Sandbox | None = None,
         workers: int = 2,
         timeout_scale: float = 1.0,
-        max_new_tokens: int = 512,
+        max_new_tokens: int = ANSWER_TOKENS,
         allow_network: bool = False,
     ) -> None:
         require_harness()
@@ -132,7 +133,7 @@ class HumanEvalPlusTask(CodeTask):
         sandbox: Sandbox | None = None,
         workers: int = 2,
         min_time_limit: float = 4.0,
-        max_new_tokens: int = 512,
+        max_new_tokens: int = ANSWER_TOKENS,
         allow_network: bool = False,
     ) -> None:
         require_harness()

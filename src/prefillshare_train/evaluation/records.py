@@ -61,7 +61,7 @@ class RunFolder:
         if len(whole) < len(content):
             with path.open("r+b") as file:
                 file.truncate(len(whole))
-        return [json.loads(line) for line in whole.splitlines()]
+        return _json_lines(whole)
 
     def add_outputs(self, task: str, records: Iterable[Record]) -> None:
         """Append answers, on disk when this returns."""
@@ -75,7 +75,7 @@ class RunFolder:
         path = self.path / "items" / task / f"{variant}.jsonl"
         if not path.is_file():
             return {}
-        return {r["item_id"]: r for r in map(json.loads, path.read_text().splitlines())}
+        return {record["item_id"]: record for record in read_json_lines(path)}
 
     def write_verdicts(self, task: str, variant: str, records: Iterable[Record]) -> None:
         """Replace a variant's judged answers: complete or not at all."""
@@ -85,6 +85,17 @@ class RunFolder:
 
     def _outputs(self, task: str) -> Path:
         return self.path / "outputs" / f"{task}.jsonl"
+
+
+def read_json_lines(path: Path) -> list[Record]:
+    """One JSON object a line."""
+    return _json_lines(path.read_bytes())
+
+
+def _json_lines(content: bytes) -> list[Record]:
+    # Lines of bytes end at a newline alone; those of a text also at U+2028 and the like, which
+    # models say and JSON leaves as they are.
+    return [json.loads(line) for line in content.splitlines()]
 
 
 def write_json(path: Path, value: Any) -> None:

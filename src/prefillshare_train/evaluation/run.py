@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 from prefillshare_train.evaluation.answering import Answered, answer
 from prefillshare_train.evaluation.contestants import Contestants
 from prefillshare_train.evaluation.prompts import Prompt, render
-from prefillshare_train.evaluation.records import Record, RunFolder, write_json
+from prefillshare_train.evaluation.records import Record, RunFolder
 from prefillshare_train.evaluation.statistics import wilson
-from prefillshare_train.evaluation.task import EvalItem, Task
+from prefillshare_train.evaluation.summary import Summary
+from prefillshare_train.evaluation.task import EvalItem, EvaluationError, Task
 from prefillshare_train.evaluation.variants import Variant
 
 
@@ -53,33 +54,44 @@ def evaluate(
     Raises:
         EvaluationError: data is missing, or `out` holds an evaluation of something else.
     """
+    prompts = {
+        task.name: render(
+            task.items()[: limits.items], contestants.renderer, contestants.position_count
+        )
+        for task in tasks
+    }
+    # Only now, so that what was wrong with a task binds no later try.
     folder = RunFolder(out)
     folder.claim("base", _identity(contestants))
     for variant in variants:
         identity = {"sha256": variant.decoder.identity, "boundary": str(variant.rule)}
         folder.claim(f"variant {variant.key}", identity)
-    prompts = {}
     for task in tasks:
-        items = task.items()[: limits.items]
-        prompts[task.name] = render(items, contestants.renderer, contestants.position_count)
         folder.claim(f"task {task.name}", task.settings)
-    rows = []
-    saved = {}
+        _same_requests(task, prompts[task.name], folder)
+    summary = Summary(out)
     for task in tasks:
         _take_over(variants, task, prompts[task.name], folder, [t.name for t in tasks])
         _answer(contestants, variants, task, prompts[task.name], folder, limits)
-        rows += _judge(variants, task, prompts[task.name], folder)
+        rows = _judge(variants, task, prompts[task.name], folder)
         counted = {prompt.item.item_id for prompt in prompts[task.name]}
-        keys = {variant.key for variant in variants}
-        saved[task.name] = _prefill_saving(
-            [
-                record
-                for record in folder.outputs(task.name)
-                if record["item_id"] in counted and record["variant"] in keys
-            ]
-        )
-        write_json(out / "summary.json", _summary(contestants, tasks, limits, rows, saved))
-    return out / "summary.json"
+        answers = [r for r in folder.outputs(task.name) if r["item_id"] in counted]
+        summary.add(task, rows, answers)
+        summary.write(_about(contestants, limits), complete=task is tasks[-1])
+    return summary.path
+
+
+def _same_requests(task: Task, prompts: Sequence[Prompt], folder: RunFolder) -> None:
+    """Refuse answers to other requests: a template may give the date, a new version render anew."""
+    now = {prompt.item.item_id: prompt.request_sha256 for prompt in prompts}
+    for record in folder.outputs(task.name):
+        if record["request_sha256"] != now.get(record["item_id"], record["request_sha256"]):
+            raise EvaluationError(
+                f"{folder.path}: {task.name} item {record['item_id']} was answered by "
+                f"{record['variant']} to another prompt, stop strings or longest answer than it "
+                "has now. The chat template may put the date into its prompts, or a package "
+                "renders them anew. Name another --out"
+            )
 
 
 def _answer(
@@ -153,6 +165,7 @@ def _record(answered: Answered) -> Record:
         "output_tokens": answered.tokens,
         "seconds": round(answered.seconds, 4),
         "prefill_seconds": round(answered.prefill_seconds, 4),
+        "prefill_id": answered.prefill_id,
     }
 
 
@@ -200,25 +213,8 @@ def _row(task: Task, variant: Variant, judged: Sequence[Record]) -> Record:
         "score": right / count,
         "ci95": list(wilson(right, count)),
         "output_tokens": sum(r["output_tokens"] for r in judged),
-        "decode_seconds": round(sum(r["seconds"] for r in judged), 2),
+        "decode_seconds": round(sum(r["seconds"] for r in judged if "answered_in" not in r), 2),
         "contract_mismatch": variant.decoder.mismatch,
-    }
-
-
-def _prefill_saving(outputs: Sequence[Record]) -> Record:
-    """Prompt tokens that the base ran, and would have run decoder by decoder."""
-    outputs = [record for record in outputs if "answered_in" not in record]
-    ran: dict[str, int] = {}
-    for record in outputs:
-        ran[record["item_id"]] = max(ran.get(record["item_id"], 0), record["base_tokens"])
-    apart = sum(record["base_tokens"] for record in outputs)
-    together = sum(ran.values())
-    seconds = {record["item_id"]: record["prefill_seconds"] for record in outputs}
-    return {
-        "base_tokens": together,
-        "base_tokens_if_apart": apart,
-        "saved_share": 1 - together / apart if apart else 0.0,
-        "prefill_seconds": round(sum(seconds.values()), 2),
     }
 
 
@@ -231,18 +227,10 @@ def _identity(contestants: Contestants) -> Record:
     }
 
 
-def _summary(
-    contestants: Contestants,
-    tasks: Sequence[Task],
-    limits: Limits,
-    rows: Sequence[Record],
-    saved: Record,
-) -> dict[str, Any]:
+def _about(contestants: Contestants, limits: Limits) -> Record:
+    """What the summary says of the whole run."""
     packages = ("torch", "transformers", "peft", "prefillshare-train")
     return {
-        "results": list(rows),
-        "shared_prefill": saved,
-        "tasks": {t.name: {"settings": t.settings, "notes": list(t.notes)} for t in tasks},
         "run": _identity(contestants),
         "decoding": {
             "strategy": "greedy",
@@ -252,12 +240,6 @@ def _summary(
         },
         "contracts": {d.name: d.contract for d in contestants.decoders if d.contract},
         "items": limits.items,
-        # Of answering, over all starts of the run; judging is left out.
-        "wall_seconds": round(
-            sum(row["decode_seconds"] for row in rows)
-            + sum(task["prefill_seconds"] for task in saved.values()),
-            1,
-        ),
         "device": str(contestants.prefill.device),
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in packages},
