@@ -5,10 +5,11 @@
 
 Three LoRA decoders answer the same prompts: HFLM with `peft=` one after another, each prefilling
 for itself, and ours off one prefill; and one decoder alone both ways. Greedy, the same dtype, batch
-size, stop strings and longest answer. Rounds are interleaved and medians reported; loading is not
-timed. Prompts are BFCL multiple (long prompts, short answers) and GSM8K. HFLM's decoders read their
-own prompts' K/V and ours the base's, so that answers differ; tokens generated are printed beside
-the times.
+size, device, stop strings and longest answer. Rounds are interleaved, every other one in reverse
+order, and medians reported; loading and a first run of two prompts are not timed. Prompts are BFCL
+multiple (long prompts, short answers) and GSM8K. HFLM's decoders read their own prompts' K/V and
+ours the base's, so that answers differ; the tokens of the answers' texts are printed beside the
+times.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from train_speed import machine
 
+from prefillshare_train.core.modules import default_device
 from prefillshare_train.evaluation.answering import answer
 from prefillshare_train.evaluation.contestants import Contestants, DecoderSpec
 from prefillshare_train.evaluation.prompts import Prompt, render
@@ -41,20 +43,20 @@ from prefillshare_train.evaluation.variants import Variant, variants_of
 TASKS = ("bfcl_multiple", "gsm8k")
 
 
-def hflm(base: str, decoder: Path, dtype: str, batch_size: int) -> HFLM:
+def hflm(base: str, decoder: Path, dtype: str, batch_size: int, device: str) -> HFLM:
     """lm-eval's model with a decoder as a plain adapter."""
     return HFLM(
         pretrained=base,
         peft=str(decoder),
         dtype=dtype,
         batch_size=batch_size,
-        device="cpu",
+        device=device,
         max_length=8192,
     )
 
 
 def hflm_run(models: list[HFLM], prompts: list[Prompt], texts: list[str], ends: list[str]) -> int:
-    """Every model answers every prompt; response tokens generated, as its tokenizer counts them."""
+    """Every model answers every prompt; tokens of the answers' texts."""
     count = 0
     for model in models:
         requests = [
@@ -81,10 +83,11 @@ def hflm_run(models: list[HFLM], prompts: list[Prompt], texts: list[str], ends: 
 def our_run(
     contestants: Contestants, variants: list[Variant], prompts: list[Prompt], batch_size: int
 ) -> int:
-    """Every variant answers every prompt off one prefill; response tokens generated."""
+    """Every variant answers every prompt off one prefill; tokens of the answers' texts."""
     wanted = [(prompt, variants) for prompt in prompts]
     groups = answer(contestants, wanted, batch_size=batch_size, prefill_tokens=32768)
-    return sum(answered.tokens for group in groups for answered in group)
+    outputs = [answered.output for group in groups for answered in group]
+    return sum(len(ids) for ids in contestants.renderer.encode(outputs))
 
 
 def timed(run: Callable[[], int]) -> tuple[float, int]:
@@ -105,15 +108,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default=str(default_device()), help="of both sides")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--task", action="append", choices=TASKS)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/eval_speed.json"))
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     specs = [DecoderSpec(f"decoder{i}", folder) for i, folder in enumerate(options.decoder)]
-    contestants = Contestants(options.base, specs, dtype=getattr(torch, options.dtype))
+    contestants = Contestants(
+        options.base, specs, dtype=getattr(torch, options.dtype), device=options.device
+    )
     variants = variants_of(contestants.decoders, "base", [])
-    models = [hflm(options.base, d, options.dtype, options.batch_size) for d in options.decoder]
+    models = [
+        hflm(options.base, folder, options.dtype, options.batch_size, options.device)
+        for folder in options.decoder
+    ]
     renderer = contestants.renderer
     ends = [renderer.decode([token]) for token in renderer.end_token_ids]
     rows: list[dict[str, Any]] = []
@@ -129,10 +138,12 @@ def main() -> None:
                 contestants, variants[:1], p, options.batch_size
             ),
         }
+        hflm_run(models, prompts[:2], texts[:2], ends)
+        our_run(contestants, variants, prompts[:2], options.batch_size)
         found: dict[str, list[tuple[float, int]]] = {name: [] for name in runs}
-        for _ in range(options.rounds):
-            for name, run in runs.items():
-                found[name].append(timed(run))
+        for number in range(options.rounds):
+            for name in list(runs)[:: -1 if number % 2 else 1]:
+                found[name].append(timed(runs[name]))
         seconds = {n: statistics.median(s for s, _ in values) for n, values in found.items()}
         rows.append(
             {
@@ -155,7 +166,7 @@ def main() -> None:
         ratios = (f"{row['all_to_hflm']:.2f}", f"{row['one_to_hflm']:.2f}")
         table.add_row(row["task"], str(row["items"]), *cells, *ratios)
     Console(width=150).print(table)
-    settings = {"dtype": options.dtype, "batch_size": options.batch_size, "rounds": options.rounds}
+    settings = {key: getattr(options, key) for key in ("dtype", "device", "batch_size", "rounds")}
     write_json(options.out, {"machine": machine(), **settings, "rows": rows})
 
 
