@@ -389,6 +389,7 @@ class MambaSpec:
         ({"speculative": SimpleNamespace(method="eagle")}, "speculative_config is 'eagle'"),
         ({"quantization": "fp8"}, "quantization is 'fp8'"),
         ({"hf_overrides": {"rope_theta": 1}}, "hf_overrides"),
+        ({"revision": "v1.1"}, "revision is 'v1.1'"),
         ({"specs": [FullAttentionSpec(), MambaSpec()]}, "MambaSpec"),
         ({"specs": [FullAttentionSpec(128)]}, "sliding_window is 128"),
         ({"hash_block_size": 16}, "hash_block_size is 16"),
@@ -405,7 +406,9 @@ def test_instances_that_cannot_share_exactly_are_refused_by_name(
             pipeline_parallel_size=values.get("pipeline_parallel_size", 1),
         ),
         model_config=SimpleNamespace(
-            quantization=values.get("quantization"), hf_overrides=values.get("hf_overrides", {})
+            quantization=values.get("quantization"),
+            hf_overrides=values.get("hf_overrides", {}),
+            revision=values.get("revision"),
         ),
         speculative_config=values.get("speculative"),
         cache_config=SimpleNamespace(block_size=32),

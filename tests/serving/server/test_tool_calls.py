@@ -13,6 +13,7 @@ from prefillshare_train.serving.server.tool_calls import Call, Piece, ToolCallPa
 
 ADD = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "é"}}\n</tool_call>'
 SUB = '<tool_call>{"name": "sub", "arguments": {}}</tool_call>'
+HALF = r'<tool_call>{"name": "add", "arguments": {"a": "\ud83d"}}</tool_call>'
 ADDED = Call("add", '{"a": 1, "b": "é"}')
 SUBBED = Call("sub", "{}")
 
@@ -39,6 +40,8 @@ def parse(*parts: str) -> list[Piece]:
         (f"{ADD}\n{SUB}", [ADDED, SUBBED]),
         (f"I add.\n{ADD}\n", ["I add.", ADDED]),
         (f"{ADD} Done.", [ADDED, "Done."]),
+        (HALF, [Call("add", '{"a": "\\ud83d"}')]),
+        (HALF.replace("add", r"\ud83d"), [HALF.replace("add", r"\ud83d")]),
         ("1 < 2 and <tool", ["1 < 2 and <tool"]),
         (ADD.removesuffix("\n</tool_call>"), [ADDED]),
         (ADD[:30], [ADD[:30]]),

@@ -128,6 +128,13 @@ def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
         overrides,
         "they may change the K/V, and a contract does not know of them",
     )
+    revision = getattr(model, "revision", None)
+    found.refuse(
+        revision is not None,
+        "revision",
+        revision,
+        "the base's fingerprint is of the default one; download it and name its folder",
+    )
     groups = kv_cache_config.kv_cache_groups
     kinds = [type(group.kv_cache_spec).__name__ for group in groups]
     found.refuse(

@@ -105,7 +105,7 @@ class ToolCallParser:
     def _block(self, block: str, closing: str) -> list[Piece]:
         self._state = "text"
         calls = parse_tool_calls(f"{_OPEN}{block}{_CLOSE}")
-        if calls:
+        if calls and all(_encodes(str(call["name"])) for call in calls):
             self._after_call = True
             return _calls(calls)
         self._after_call = False
@@ -113,9 +113,21 @@ class ToolCallParser:
 
 
 def _calls(calls: list[dict[str, object]]) -> list[Piece]:
-    return [
-        Call(str(call["name"]), json.dumps(call["arguments"], ensure_ascii=False)) for call in calls
-    ]
+    return [Call(str(call["name"]), _json(call["arguments"])) for call in calls]
+
+
+def _json(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if _encodes(text) else json.dumps(value)
+
+
+def _encodes(text: str) -> bool:
+    """Not where it holds half a surrogate pair: JSON can escape one, UTF-8 cannot hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _certain(text: str) -> int:
