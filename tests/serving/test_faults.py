@@ -156,10 +156,13 @@ def test_a_waiting_request_that_is_cancelled_has_used_nothing(models: ServedMode
     for _ in range(3):
         engine.step()
     assert engine.stats().waiting == 1
+    before = engine.stats()
     engine.cancel(waits.request_id)
     engine.step()
     usage = found.generation(waits.request_id).usage
     assert (usage.cached_tokens, usage.prefilled_tokens) == (0, 0)
+    # Nothing was looked up for it, so that it is no miss.
+    assert engine.stats().prompt_tokens == before.prompt_tokens
 
 
 def test_a_session_ended_while_a_turn_runs_may_begin_again(models: ServedModels) -> None:
@@ -252,12 +255,13 @@ def test_counters_never_fall(models: ServedModels) -> None:
         assert engine.stats().evicted_blocks >= before.evicted_blocks
 
 
-def test_ctrl_c_leaves_the_prefill_processes_to_the_engine(
-    models: ServedModels, oracle: Oracle
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_group_leaves_the_prefill_processes_to_the_engine(
+    models: ServedModels, oracle: Oracle, sent: signal.Signals
 ) -> None:
     threads = torch.get_num_threads()
     with engine_of(models, 60, disaggregated=True) as engine:
-        os.kill(engine._loop.workers[0].process.pid, signal.SIGINT)
+        os.kill(engine._loop.workers[0].process.pid, sent)
         time.sleep(0.3)
         one = request("math", range(10, 40), 4)
         assert list(engine.generate(one).token_ids) == oracle.answer("math", one.prompt_ids, 4)

@@ -7,6 +7,7 @@ hand-over is one hop without a copy: the message that says it is done.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import multiprocessing.connection
@@ -96,6 +97,8 @@ class ProcessWorker:
             daemon=True,
         )
         self.process.start()
+        # At exit multiprocessing sends what is left SIGTERM, which it ignores, and waits for it.
+        atexit.register(self.process.kill)
         theirs.close()
         if not self._connection.poll(_START_S):
             self.process.kill()
@@ -130,6 +133,7 @@ class ProcessWorker:
             self.process.join()
         self._thread.join()
         self._connection.close()
+        atexit.unregister(self.process.kill)
 
     def _listen(self) -> None:
         while True:
@@ -157,8 +161,10 @@ def _serve(
     threads: int,
 ) -> None:
     """Run batches until told to end, or until the engine is gone."""
-    # Ctrl-C reaches the whole group; the engine drains first and then ends its workers itself.
+    # Ctrl-C reaches the whole group, as does a service manager's SIGTERM. The engine drains first,
+    # and then ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(threads)
     storage = KVStorage(geometry, memory.shape[2], block_tokens, memory=memory)
     connection.send_bytes(b"ready")

@@ -234,7 +234,8 @@ class Loop:
     ) -> None:
         now = time.monotonic()
         usage = seq.usage(now)
-        self.sums.add(usage)
+        if seq.started_at is not None:  # who never left the queue was looked up nowhere
+            self.sums.add(usage)
         self.finished[reason] += 1
         self._open.pop(seq.request.request_id, None)
         self._on_end(seq)

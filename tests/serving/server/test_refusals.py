@@ -15,6 +15,7 @@ from tests.serving.server.serving import HI, Served, serve
 from prefillshare_train.data.rendering import RenderError
 from prefillshare_train.serving.api import ServingError
 from prefillshare_train.serving.server.config import ServerConfig
+from prefillshare_train.serving.server.prompts import PromptMaker
 
 
 @pytest.fixture(scope="module")
@@ -259,3 +260,14 @@ def test_loopback_needs_none(host: str) -> None:
 def test_options_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(ServingError, match=next(iter(options)).replace("api_key", "API key")):
         ServerConfig(**options)
+
+
+def test_too_many_prompts_are_refused_before_any_is_tokenised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with serve(FakeEngine(), max_n=4) as running:
+        made: list[object] = []
+        monkeypatch.setattr(PromptMaker, "_completion", lambda _, body: made.append(body))
+        body = {"model": "math", "prompt": ["a"] * 1000}
+        assert refused(running.http.post("/v1/completions", json=body))["param"] == "n"
+        assert made == []

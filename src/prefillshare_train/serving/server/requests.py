@@ -71,6 +71,11 @@ class SamplingFields(Strict):
     logit_bias: Empty | None = Field(default=None, description="Only empty.")
     user: Ignored = None
 
+    @property
+    def prompt_count(self) -> int:
+        """Prompts in the body."""
+        return 1
+
 
 class TextPart(Strict):
     """A part of a message; only text is supported."""
@@ -220,6 +225,12 @@ class CompletionRequest(SamplingFields):
     suffix: Annotated[str, Field(max_length=0)] | None = Field(
         default=None, description="Only empty."
     )
+
+    @property
+    def prompt_count(self) -> int:
+        """Prompts in the body."""
+        alone = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return 1 if alone else len(self.prompt)
 
 
 def for_template(

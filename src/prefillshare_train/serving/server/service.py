@@ -79,7 +79,8 @@ class Service:
 
         Raises:
             EngineStoppedError: the server drains.
-            ApiError: the decoder is unknown, or fields do not go together.
+            ApiError: the decoder is unknown, too many responses are asked for, or fields do not go
+                together.
         """
         if not self.accepting:
             raise EngineStoppedError("the server is stopping")
@@ -87,6 +88,10 @@ class Service:
             known = ", ".join(self.engine.decoders)
             message = f"there is no decoder {body.model!r}; there are {known}"
             raise ApiError(404, message, param="model", code="model_not_found")
+        count = (body.n or 1) * body.prompt_count
+        if count > self.config.max_n:
+            message = f"{count} responses were asked for; at most {self.config.max_n}"
+            raise ApiError(400, message, param="n")
         if body.end_session and body.session_id is None:
             raise ApiError(400, "end_session needs a session_id", param="end_session")
         if body.stream_options is not None and not body.stream:
@@ -117,11 +122,6 @@ class Service:
             ApiError: a limit is passed; the message names it.
         """
         count = body.n or 1
-        if count * len(prompts) > self.config.max_n:
-            message = (
-                f"{count * len(prompts)} responses were asked for; at most {self.config.max_n}"
-            )
-            raise ApiError(400, message, param="n")
         answer_id = f"{prefix}-{uuid.uuid4().hex}"
         requests: list[GenerationRequest] = []
         for number, prompt in enumerate(prompts):
