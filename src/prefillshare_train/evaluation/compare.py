@@ -92,7 +92,7 @@ def compare(runs: Sequence[Path]) -> Comparison:
         if not path.is_file():
             raise EvaluationError(f"{run} has no summary.json: it is not a finished evaluation")
         summary: dict[str, Any] = json.loads(path.read_text())
-        if not summary["complete"]:
+        if not summary.get("complete", True):  # earlier versions did not say
             raise EvaluationError(
                 f"{path}: its last start did not finish every task. Repeat its command"
             )
@@ -142,7 +142,7 @@ def _differences(results: Sequence[Result]) -> list[str]:
             if words:
                 found.append(
                     f"{task}: {first.name} and {other.name} were made with different settings "
-                    f"({'; '.join(words)}), so their scores do not compare."
+                    f"({'; '.join(words)}), so they are not tested against each other."
                 )
             elif not first.verdicts.keys() & other.verdicts.keys():
                 found.append(
