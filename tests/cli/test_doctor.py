@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from prefillshare_train.cli import doctor_checks, doctor_packages, doctor_vllm
 from prefillshare_train.cli.doctor_packages import Finding
 from prefillshare_train.cli.main import app
+from prefillshare_train.core import devices
 from prefillshare_train.engines.vllm.vllm_python import VllmPython
 
 
@@ -146,6 +147,14 @@ def test_gpus_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     (note,) = [f for f in doctor_checks.devices() if f.subject == "GPU 0"]
     assert "no bfloat16" in note.found
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_cpus_without_bfloat16(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    monkeypatch.setattr(devices, "_cpu_has", lambda _: fast)
+    notes = [f for f in doctor_checks.devices() if f.subject == "bfloat16"]
+    assert [note.level for note in notes] == ([] if fast else ["note"])
+    assert all("--dtype float32" in note.fix for note in notes)
 
 
 def test_too_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:

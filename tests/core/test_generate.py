@@ -288,6 +288,25 @@ def test_tokens_are_reported_as_they_come() -> None:
     assert heard == [(row, answers[row][i]) for i in range(4) for row in range(len(rows))]
 
 
+def test_responses_are_reported_as_their_rows_end() -> None:
+    base = families.build("llama", torch.float32)
+    rows, heard = prompts(), []
+    cache = PrefillModule(base).prefill(cut(rows))
+    lengths = dict(enumerate([5, 1, 3, 2, 4]))
+    answers = generate(
+        base,
+        cache,
+        rows,
+        max_new_tokens=5,
+        stop_ids=(),
+        should_stop=lambda row, response: len(response) == lengths[row],
+        on_response=lambda row, response: heard.append((row, list(response))),
+        batch_size=2,
+    )
+    assert sorted(heard) == list(enumerate(answers))
+    assert heard != sorted(heard), "rows must end out of order for this to say anything"
+
+
 def test_generating_while_training_leaves_every_mode_as_it_was() -> None:
     base = families.build("llama", torch.float32)
     decoder = families.with_lora(base, lora_dropout=0.5).train()
@@ -326,8 +345,10 @@ def test_waiting_rows_take_the_places_of_ended_ones_and_answer_the_same(
     whole = generate(model, cache, rows, max_new_tokens=NEW, stop_ids=())
     # Stop tokens that end rows at different steps, so that places fall free one by one.
     stops = {answer[3 + 2 * n % 15] for n, answer in enumerate(whole)}
-    expected = generate(model, cache, rows, max_new_tokens=NEW, stop_ids=sorted(stops))
-    assert len({len(answer) for answer in expected}) > 2
+    ends = [next((n for n, t in enumerate(a, 1) if t in stops), NEW) for a in whole]
+    expected = [answer[:end] for answer, end in zip(whole, ends, strict=True)]
+    assert len(set(ends)) > 2
+    assert generate(model, cache, rows, max_new_tokens=NEW, stop_ids=sorted(stops)) == expected
     running: set[int] = set()
     most = 0
 
@@ -349,6 +370,26 @@ def test_waiting_rows_take_the_places_of_ended_ones_and_answer_the_same(
     )
     assert found == expected
     assert most <= batch_size
+
+
+def test_an_ended_row_leaves_nothing_in_its_place() -> None:
+    """Masked or not, 0 * inf is no number: a row that overflowed spoils none that comes after."""
+    model, (short, *_, long) = families.build("llama", torch.float64), prompts()
+    rows = [long, long, short]
+    cache = PrefillModule(model).prefill(cut(rows))
+    sound = generate(model, cache, rows, max_new_tokens=NEW, stop_ids=())
+    for layer in cache.values:
+        layer[:, cache.starts[1] : cache.starts[2]] = float("inf")
+    found = generate(
+        model,
+        cache,
+        rows,
+        max_new_tokens=NEW,
+        stop_ids=(),
+        batch_size=2,
+        should_stop=lambda row, _: row == 1,
+    )
+    assert (found[0], found[2]) == (sound[0], sound[2])
 
 
 def test_a_caller_can_end_rows_by_what_they_say() -> None:

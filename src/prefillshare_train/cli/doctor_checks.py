@@ -38,6 +38,8 @@ def devices() -> Iterator[Finding]:
     import psutil
     import torch
 
+    from prefillshare_train.core.devices import has_fast_products
+
     cores = len(os.sched_getaffinity(0))
     memory = psutil.virtual_memory()
     yield Finding(
@@ -46,6 +48,15 @@ def devices() -> Iterator[Finding]:
         f"{platform.machine()}, {cores} cores, {torch.get_num_threads()} threads, "
         f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free",
     )
+    if not has_fast_products(torch.bfloat16, "cpu"):
+        yield Finding(
+            "note",
+            "bfloat16",
+            f"this CPU ({torch.backends.cpu.get_cpu_capability()}) has no matrix products in it: "
+            "many times slower than float32",
+            "leave base.dtype and training.bf16 at auto; give --dtype float32 for decoders that "
+            "were trained in bfloat16",
+        )
     if torch.get_num_threads() > cores:
         yield Finding(
             "bad",

@@ -70,9 +70,16 @@ def _peft_disabled(model: PeftModel, training: list[nn.Module]) -> Iterator[None
         for module in training:
             module.training = False
         with model.disable_adapter():
+            # FSDP2 notes the trained parameters' dtype in its first pass, which is a prefill: with
+            # all of them frozen it would leave their gradients in half precision.
+            _restore(gradient_flags)
             yield
     finally:
         for module in training:
             module.training = True
-        for parameter, flag in gradient_flags:
-            parameter.requires_grad_(flag)
+        _restore(gradient_flags)
+
+
+def _restore(gradient_flags: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, flag in gradient_flags:
+        parameter.requires_grad_(flag)

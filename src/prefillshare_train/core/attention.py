@@ -15,7 +15,6 @@ decoder's layers exactly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -55,11 +54,13 @@ class Job(Protocol):
         ...
 
 
-@dataclass(frozen=True)
 class AttentionJob:
     """Run a packed row of segments.
 
-    Attributes:
+    No dataclass: where FSDP2 casts a layer's inputs it copies those with all that they hold, so
+    that every layer would record into a cache of its own and read the past in another dtype.
+
+    Args:
         groups: the row's segments, from `layout.group_segments`.
         past: the prompt cache that segments with a past read; constants, never differentiated.
             It may lie on another device: a layer's K/V are fetched when it runs, and again when
@@ -68,10 +69,17 @@ class AttentionJob:
         last_layer: layer at which to stop with `LastLayerReached` once recorded, or None.
     """
 
-    groups: tuple[SegmentGroup, ...]
-    past: PromptCache | None = None
-    record: Recorder | None = None
-    last_layer: int | None = None
+    def __init__(
+        self,
+        groups: tuple[SegmentGroup, ...],
+        past: PromptCache | None = None,
+        record: Recorder | None = None,
+        last_layer: int | None = None,
+    ) -> None:
+        self.groups = groups
+        self.past = past
+        self.record = record
+        self.last_layer = last_layer
 
     def attend(
         self,

@@ -52,7 +52,7 @@ class Contract:
         base_revision: commit, tag or branch, or None.
         base_fingerprint: `weights_fingerprint` of the base.
         cache_config: the configuration values that fix the K/V geometry and RoPE.
-        prompt: fingerprints of tokenizer and template, from `data.Renderer.fingerprint()`.
+        prompt: fingerprints of tokenizer and template, from `data.Renderer.prompt_contract()`.
         boundary: the boundary rule, as text.
         kv_dtype: dtype in which the decoder read the base's K/V in training.
         method: `prefillshare`, or `full_prompt` for a decoder that never read a base's cache.
@@ -110,6 +110,17 @@ class Contract:
             if isinstance(error, ContractError):
                 raise
             raise ContractError(f"{path} is not a contract: {error}") from error
+
+    def kv_dtype_difference(self, dtype: torch.dtype) -> str:
+        """What to say where the base's K/V have another dtype than in training; "" if not.
+
+        Apart from `verify`: rounding shifts answers a little where another base makes nonsense, so
+        that a user may ask for it.
+        """
+        here = str(dtype).removeprefix("torch.")
+        if here == self.kv_dtype:
+            return ""
+        return f"trained on K/V in {self.kv_dtype}, and the base makes them in {here}"
 
     def verify(
         self,

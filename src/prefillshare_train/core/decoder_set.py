@@ -11,8 +11,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from prefillshare_train.core.alora import run_as_lora
-from prefillshare_train.core.contract import Contract, weights_fingerprint
-from prefillshare_train.core.modules import default_device, load_causal_lm
+from prefillshare_train.core.contract import Contract, ContractError, weights_fingerprint
+from prefillshare_train.core.devices import default_device, default_dtype
+from prefillshare_train.core.modules import load_causal_lm
 
 
 class DecoderSet:
@@ -24,7 +25,8 @@ class DecoderSet:
     Args:
         base: hub id or folder of the base.
         folders: the decoders' folders by name.
-        dtype: of base and decoders; where None the first decoder's K/V dtype, bfloat16 without any.
+        dtype: of base and decoders; where None the decoders' K/V dtype, and without any
+            `default_dtype()`.
         device: of base and decoders; `default_device()` where None.
 
     Attributes:
@@ -36,9 +38,12 @@ class DecoderSet:
         lora: the model that holds all adapters, or None.
         adapters: each LoRA decoder's adapter name in `lora`.
         dtype: of the K/V.
+        dtype_differences: by name, of each decoder trained on K/V of another dtype than the one
+            asked for, what to say of it; for callers to tell.
 
     Raises:
-        ContractError: a folder has no contract.
+        ContractError: a folder has no contract, or no dtype is given and the decoders were trained
+            on K/V of several.
         UnsupportedModelError: the base's architecture is refused.
     """
 
@@ -54,7 +59,19 @@ class DecoderSet:
         device = device or default_device()
         self.contracts = {name: Contract.load(folder) for name, folder in folders.items()}
         first = next(iter(self.contracts.values()), None)
-        self.dtype = dtype or getattr(torch, first.kv_dtype if first else "bfloat16")
+        trained = getattr(torch, first.kv_dtype) if first else default_dtype(device)
+        self.dtype = dtype or trained
+        self.dtype_differences = {
+            name: difference
+            for name, contract in self.contracts.items()
+            if (difference := contract.kv_dtype_difference(self.dtype))
+        }
+        if dtype is None:
+            for name, difference in self.dtype_differences.items():
+                raise ContractError(
+                    f"decoder {name} ({folders[name]}) was {difference}, as for the first decoder. "
+                    "Run them apart, or name one dtype for all (--dtype)"
+                )
         model = load_causal_lm(base, dtype=self.dtype, revision=revision, device=device)
         model.requires_grad_(False).eval()
         self.base = model

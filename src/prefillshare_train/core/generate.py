@@ -33,57 +33,61 @@ from prefillshare_train.core.prompt_cache import PromptCache
 class _DecodeState:
     """K/V of running sequences, padded to one capacity; also the job of a decoding step.
 
-    keys, values: one tensor of shape (B, H_kv, capacity, D) for each layer. `lengths`: (B,) tokens
-    held by each row; a step writes its K/V at that position and then sees one token more.
+    keys, values: one tensor of shape (slots, H_kv, capacity, D) for each layer; the first B slots
+    hold running rows. `lengths`: (B,) tokens held by each; a step writes its K/V at that position
+    and then sees one token more.
     """
 
-    keys: list[Tensor]
-    values: list[Tensor]
+    slots: int
     lengths: Tensor
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
-    @classmethod
-    def start(cls, cache: PromptCache, own: PromptCache, room: int) -> _DecodeState:
-        """Lay each row's shared prompt K/V and the decoder's own side by side, with `room` free."""
+    def add(self, cache: PromptCache, own: PromptCache, room: int) -> None:
+        """New rows: each one's shared prompt K/V, the decoder's own beside it, and `room` free."""
         lengths = [n + m for n, m in zip(cache.lengths, own.lengths, strict=True)]
-        capacity = max(lengths) + room
+        first = len(self.lengths)
 
-        def spread(shared: Tensor, mine: Tensor) -> Tensor:
-            rows = mine.new_zeros((len(lengths), mine.shape[0], capacity, mine.shape[2]))
+        def put(held: Tensor | None, shared: Tensor, mine: Tensor) -> Tensor:
+            heads, _, width = mine.shape
+            if held is None or held.shape[2] < max(lengths) + room:
+                wider = mine.new_zeros((self.slots, heads, max(lengths) + room, width))
+                if held is not None:
+                    wider[:first, :, : held.shape[2]] = held[:first]
+                held = wider
             spans = zip(cache.starts, cache.lengths, own.starts, own.lengths, strict=True)
-            for row, (start, length, own_start, own_length) in enumerate(spans):
+            for row, (start, length, own_start, own_length) in enumerate(spans, first):
                 end = length + own_length
-                rows[row, :, :length] = shared[:, start : start + length]
-                rows[row, :, length:end] = mine[:, own_start : own_start + own_length]
-            return rows
+                held[row, :, :length] = shared[:, start : start + length]
+                held[row, :, length:end] = mine[:, own_start : own_start + own_length]
+                held[row, :, end:] = 0  # an ended row's infinities would not be masked: 0 * inf
+            return held
 
-        return cls(
-            [spread(k, mine) for k, mine in zip(cache.keys, own.keys, strict=True)],
-            [spread(v, mine) for v, mine in zip(cache.values, own.values, strict=True)],
-            torch.tensor(lengths, device=own.keys[0].device),
-        )
+        nothing: list[Any] = [None] * len(own.keys)
+        self.keys = list(map(put, self.keys or nothing, cache.keys, own.keys))
+        self.values = list(map(put, self.values or nothing, cache.values, own.values))
+        new = torch.tensor(lengths, device=self.lengths.device)
+        self.lengths = torch.cat([self.lengths, new])
+        self._masks = {}
 
-    def joined(self, new: _DecodeState) -> _DecodeState:
-        """These rows, then those of `new`, with the larger room."""
-        capacity = max(self.keys[0].shape[2], new.keys[0].shape[2])
+    def keep(self, rows: Sequence[int]) -> list[int]:
+        """Drop all rows but these (ascending); which row each of the first slots holds now.
 
-        def join(a: Tensor, b: Tensor) -> Tensor:
-            rows = a.new_zeros((a.shape[0] + b.shape[0], a.shape[1], capacity, a.shape[3]))
-            rows[: a.shape[0], :, : a.shape[2]] = a
-            rows[a.shape[0] :, :, : b.shape[2]] = b
-            return rows
-
-        return _DecodeState(
-            [join(a, b) for a, b in zip(self.keys, new.keys, strict=True)],
-            [join(a, b) for a, b in zip(self.values, new.values, strict=True)],
-            torch.cat([self.lengths, new.lengths]),
-        )
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop the rows whose sequences have ended."""
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
-        self.lengths = self.lengths[rows]
+        The last rows move into the slots of those that ended, and the others stay where they are:
+        one row's K/V is copied for each that ended, not everybody's.
+        """
+        count = len(rows)
+        kept = set(rows)
+        movers = [row for row in rows if row >= count]
+        order = [slot if slot in kept else movers.pop() for slot in range(count)]
+        for slot, row in enumerate(order):
+            if slot != row:
+                for layer in (*self.keys, *self.values):
+                    layer[slot] = layer[row]
+        self.lengths = self.lengths[torch.tensor(order, device=self.lengths.device).long()]
+        self._masks = {}
+        return order
 
     def advance(self) -> None:
         """Count the token that the last step wrote."""
@@ -103,8 +107,9 @@ class _DecodeState:
         **_: Any,
     ) -> Tensor:
         layer: int = module.layer_idx  # type: ignore[assignment]
-        keys, values = self.keys[layer], self.values[layer]
-        rows = torch.arange(query.shape[0], device=query.device)
+        count = query.shape[0]
+        keys, values = self.keys[layer][:count], self.values[layer][:count]
+        rows = torch.arange(count, device=query.device)
         keys[rows, :, self.lengths] = key[:, :, 0].to(keys.dtype)
         values[rows, :, self.lengths] = value[:, :, 0].to(values.dtype)
         mask = self._mask(sliding_window, keys.shape[2])
@@ -142,6 +147,7 @@ def generate(
     sampler: torch.Generator | None = None,
     on_token: Callable[[int, int], None] | None = None,
     should_stop: Callable[[int, Sequence[int]], bool] | None = None,
+    on_response: Callable[[int, list[int]], None] | None = None,
     batch_size: int | None = None,
 ) -> list[list[int]]:
     """Answer prompts off a shared prompt cache.
@@ -159,6 +165,7 @@ def generate(
         on_token: called with (row, token id) for every token as it is generated.
         should_stop: called with (row, response so far) after every token; True ends the response
             (stop strings, for which text must be decoded).
+        on_response: called with (row, response) as each row ends.
         batch_size: rows that decode at once; others wait, and take the place of rows that have
             ended. All of them where None.
 
@@ -197,6 +204,7 @@ def generate(
             sampler=sampler,
             on_token=on_token,
             should_stop=should_stop,
+            on_response=on_response,
             batch_size=batch_size or len(prompts),
         ).run()
 
@@ -214,6 +222,7 @@ class _Loop:
     sampler: torch.Generator | None
     on_token: Callable[[int, int], None] | None
     should_stop: Callable[[int, Sequence[int]], bool] | None
+    on_response: Callable[[int, list[int]], None] | None
     batch_size: int
 
     def run(self) -> list[list[int]]:
@@ -223,30 +232,36 @@ class _Loop:
         self.responses: list[list[int]] = [[] for _ in self.prompts]
         waiting = deque(range(len(self.prompts)))
         active = _take(waiting, self.batch_size)
-        hidden, state = self._admit(active)
+        nothing = torch.zeros(0, dtype=torch.long, device=self.model.device)
+        state = _DecodeState(min(self.batch_size, len(self.prompts)), nothing)
+        hidden = self._admit(active, state)
         while True:
             tokens = self._pick(hidden, active)
-            going = [slot for slot, row in enumerate(active) if self._go_on(row, tokens[slot])]
+            going = [slot for slot, row in enumerate(active) if self._goes_on(row, tokens[slot])]
             if len(going) < len(active):
-                state.keep(torch.tensor(going, device=hidden.device, dtype=torch.long))
-                active = [active[slot] for slot in going]
+                active = [active[slot] for slot in state.keep(going)]
             if not active and not waiting:
                 return self.responses
             parts = []
             if active:
                 parts.append(self._step(state, [self.responses[row][-1] for row in active]))
             free = self.batch_size - len(active)
-            # Joining copies the K/V of every row, so a few places are filled at once.
+            # Admission is a forward pass of its own, so a few places are filled at once.
             if waiting and free >= max(1, self.batch_size // 4):
                 new = _take(waiting, free)
-                part, fresh = self._admit(new)
-                state = state.joined(fresh) if active else fresh
+                parts.append(self._admit(new, state))
                 active = [*active, *new]
-                parts.append(part)
             hidden = torch.cat(parts)
 
-    def _go_on(self, row: int, token: int) -> bool:
+    def _goes_on(self, row: int, token: int) -> bool:
         """Keep a token; whether the row needs another."""
+        if self._needs_another(row, token):
+            return True
+        if self.on_response is not None:
+            self.on_response(row, self.responses[row])
+        return False
+
+    def _needs_another(self, row: int, token: int) -> bool:
         response = self.responses[row]
         response.append(token)
         if self.on_token is not None:
@@ -255,8 +270,8 @@ class _Loop:
             return False
         return self.should_stop is None or not self.should_stop(row, response)
 
-    def _admit(self, rows: list[int]) -> tuple[Tensor, _DecodeState]:
-        """Run the prompts' last tokens on the decoder; its hidden state at each one's very last."""
+    def _admit(self, rows: list[int], state: _DecodeState) -> Tensor:
+        """Run the prompts' last tokens on the decoder; hidden state (B, D) at each one's last."""
         everything = rows == list(range(len(self.prompts)))
         cache = self.cache if everything else self.cache.select(rows)
         tails = [self.prompts[row][self.cache.lengths[row] :] for row in rows]
@@ -271,7 +286,8 @@ class _Loop:
         positions = torch.tensor([positions_of(segments)], device=device)
         hidden = run_backbone(self.model, row, positions, job)[0]
         ends = torch.tensor(own.lengths, device=device).cumsum(0) - 1
-        return hidden[ends], _DecodeState.start(cache, own, self.max_new_tokens)
+        state.add(cache, own, self.max_new_tokens)
+        return hidden[ends]
 
     def _step(self, state: _DecodeState, tokens: list[int]) -> Tensor:
         """Run one token a row; hidden states (B, D)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from torch import nn
 
 from prefillshare_train.core.alora import run_as_lora
 from prefillshare_train.core.contract import Contract, weights_fingerprint
-from prefillshare_train.core.modules import PrefillModule, default_device, load_causal_lm
+from prefillshare_train.core.devices import default_device
+from prefillshare_train.core.modules import PrefillModule, load_causal_lm
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,9 @@ def load_decoder(
 
     Args:
         base: hub id or path of the base, where it is not what the contract names.
-        dtype: dtype of base and decoder. Where None, the base has the contract's K/V dtype, and a
-            fully trained decoder the one that it was saved in.
+        dtype: dtype of base and decoder; another than the contract's K/V dtype is warned of. Where
+            None, the base has the contract's K/V dtype, and a fully trained decoder the one that it
+            was saved in.
         device: of both; `default_device()` where None.
 
     Raises:
@@ -58,6 +63,8 @@ def load_decoder(
         device=device,
     )
     contract.verify(base_fingerprint=weights_fingerprint(model), config=model.config)
+    if dtype is not None and (difference := contract.kv_dtype_difference(dtype)):
+        logger.warning("%s was %s as asked", folder, difference)
     if contract.adapter == "none":
         decoder: nn.Module = load_causal_lm(str(folder), dtype=dtype or "auto", device=device)
         return LoadedDecoder(decoder.eval(), PrefillModule(model), contract)

@@ -18,16 +18,12 @@ from prefillshare_train.core.attention import (
     AttentionJob,
     LastLayerReached,
 )
+from prefillshare_train.core.devices import warn_of_slow_products
 from prefillshare_train.core.families import check_supported, position_limit
 from prefillshare_train.core.forward import attach_loss_head, causal_lm_of, run_backbone
 from prefillshare_train.core.layout import Segment, SegmentGroup, group_segments, positions_of
 from prefillshare_train.core.prefill_plan import PassRecorder, PrefillPlan
 from prefillshare_train.core.prompt_cache import PromptCache
-
-
-def default_device() -> torch.device:
-    """Where models answer unless told otherwise: the first GPU, or the CPU where there is none."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_causal_lm(
@@ -66,6 +62,7 @@ def load_causal_lm(
     )
     if device is not None:
         nn.Module.to(model, device)
+        warn_of_slow_products(model.dtype, device)
     return model
 
 

@@ -10,8 +10,12 @@ import psutil
 import torch
 
 
-def machine() -> str:
-    """Processor, cores, threads, memory and torch version; the accelerator where one is used."""
+def machine(device: str | None = None) -> str:
+    """Processor and its vector instructions, cores, threads, memory, torch version, accelerator.
+
+    Args:
+        device: that was computed on; None for the GPU where there is one.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     names = [
         line.partition(":")[2].strip()
@@ -21,12 +25,12 @@ def machine() -> str:
     name = names[0] if names else platform.processor() or platform.machine()
     memory = psutil.virtual_memory().total / 2**30
     parts = [
-        name,
+        f"{name} ({torch.backends.cpu.get_cpu_capability()})",
         f"{os.cpu_count()} cores",
         f"{torch.get_num_threads()} threads",
         f"{memory:.0f} GiB",
         f"torch {torch.__version__}",
     ]
-    if torch.cuda.is_available():
-        parts.append(torch.cuda.get_device_name())
+    if torch.cuda.is_available() and (device is None or device.startswith("cuda")):
+        parts.append(torch.cuda.get_device_name(device))
     return ", ".join(parts)
