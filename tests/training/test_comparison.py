@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tests.data.helpers import write_jsonl
 from tests.training import tiny
 from typer.testing import CliRunner
 
 from prefillshare_train.cli.main import app
+from prefillshare_train.core import devices
 from prefillshare_train.core.contract import ContractError
-from prefillshare_train.core.loading import load_decoder
+from prefillshare_train.core.loading import LoadedDecoder, load_decoder
+from prefillshare_train.training import comparison
 from prefillshare_train.training.comparison import HeldOut, compare_methods, held_out_report
 from prefillshare_train.training.recipe import RecipeError, load_recipe
 from prefillshare_train.training.run import prepare_data, run_training
@@ -89,6 +93,32 @@ def test_decoders_that_would_be_measured_as_something_else_are_refused(folder: P
     loaded = load_recipe([folder / "recipe.yaml"], ["data.system_prompt=Answer in French."])
     with pytest.raises(ContractError, match="prompt"):
         held_out_report(loaded, ours, theirs, out=None, rows=1, max_new_tokens=1, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("said", "measured"), [("auto", torch.bfloat16), ("float32", torch.float32)]
+)
+def test_a_machine_does_not_choose_the_dtype_that_decoders_are_measured_in(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, measured: torch.dtype
+) -> None:
+    """Trained where bfloat16 is what `auto` means, measured where it is float32."""
+    options = ["base.dtype=bfloat16", "training.max_steps=1", f"training.output_dir={tmp_path}"]
+    trained = run_training(load_recipe([folder / "recipe.yaml"], options)).decoder
+    assert trained is not None
+    monkeypatch.setattr(devices, "has_fast_products", lambda dtype, device: False)
+    dtypes = []
+
+    def load(*args: Any, **kwargs: Any) -> LoadedDecoder:
+        loaded = load_decoder(*args, **kwargs)
+        dtypes.append(loaded.prefill.causal_lm.dtype)
+        return loaded
+
+    monkeypatch.setattr(comparison, "load_decoder", load)
+    recipe = load_recipe([folder / "recipe.yaml"], [f"base.dtype={said}"])
+    out = tmp_path / "figures.json"
+    held_out_report(recipe, trained, None, out=out, rows=1, max_new_tokens=1, batch_size=4)
+    assert dtypes == [measured]
+    assert json.loads(out.read_text())["dtype"] == str(measured).removeprefix("torch.")
 
 
 def test_a_recipe_that_evaluates_nothing_is_refused(folder: Path) -> None:

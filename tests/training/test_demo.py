@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tests.data.helpers import write_jsonl
 from tests.training import tiny
+from typer.testing import CliRunner
 
+from prefillshare_train.cli.main import app
 from prefillshare_train.core.contract import Contract, ContractError
 from prefillshare_train.core.loading import add_adapter, load_decoder
+from prefillshare_train.training import demo
 from prefillshare_train.training.demo import run_demo
 
 RECIPE = """
@@ -49,6 +54,31 @@ def test_it_trains_compares_shares_and_reuses(folder: Path) -> None:
     written = weights.stat().st_mtime_ns
     assert run_demo(folder / "base", out, folder / "recipes", rows=3, steps=2) == text
     assert weights.stat().st_mtime_ns == written, "a finished decoder is trained again"
+
+
+def test_only_a_repeated_demo_says_that_it_reused_something(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ran(model: Path, out: Path, *_: Any, **__: Any) -> str:
+        out.mkdir(exist_ok=True)
+        return "a table"
+
+    monkeypatch.setattr(demo, "run_demo", ran)
+    places = ["--model", folder / "base", "--out", folder / "out", "--recipes", folder / "recipes"]
+    first, second = (
+        CliRunner().invoke(app, ["demo", *map(str, places)]).output.splitlines() for _ in range(2)
+    )
+    assert first == ["a table", "0.0 minutes"]
+    assert second == ["a table", "0.0 minutes; what an earlier start had finished was reused"]
+
+
+def test_a_stopped_demo_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: Any = SimpleNamespace(decoder=None)
+    monkeypatch.setattr(demo, "run_training", lambda *_, **__: stopped)
+    places = ["--model", folder / "base", "--out", folder / "out", "--recipes", folder / "recipes"]
+    found = CliRunner().invoke(app, ["demo", *map(str, places)])
+    assert found.exit_code == 143
+    assert "the same command goes on" in found.output
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.training import tiny
+from typer.testing import CliRunner
 
+from prefillshare_train.cli.main import app
+from prefillshare_train.core import devices
 from prefillshare_train.core.spans import Conversation, Turn
 from prefillshare_train.training.estimate import (
     PARALLEL,
@@ -138,6 +143,25 @@ def test_deeper_models_are_a_straight_line() -> None:
         step = step_memory(recipe, recipe.training_arguments(), deep, rows, accelerator=False)
         found.append(step.activations)
     assert found[2] - found[1] == pytest.approx(found[1] - found[0], abs=2)
+
+
+@pytest.mark.parametrize(
+    ("said", "counted", "hinted"),
+    [("auto", "float32", True), ("bfloat16", "bfloat16", False), ("float32", "float32", False)],
+)
+def test_the_command_says_which_dtype_it_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, counted: str, hinted: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices, "has_fast_products", lambda dtype, device: False)
+    recipe = tiny.save_recipe(tmp_path, {"bf16": "auto", "use_cpu": True})
+    dtype = f"base.dtype={said}"
+    mixed = "bf16" if counted == "bfloat16" else "no"
+    for command in (["estimate", "--gpus", "2"], ["train", "--dry-run"]):
+        result = CliRunner().invoke(app, [*command, str(recipe), dtype])
+        assert result.exit_code == 0, result.output
+        assert f"counted with base.dtype {counted}, mixed precision {mixed}" in result.output
+        assert ("set base.dtype=bfloat16" in result.output) == hinted
 
 
 def test_a_larger_budget_runs_larger_chunks() -> None:

@@ -46,10 +46,8 @@ def read(path: Path) -> dict[int, str]:
     return found
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    code, output = run(folder / "run", folder / "losses")
+def undisturbed_losses(folder: Path, *options: str) -> dict[int, str]:
+    code, output = run(folder / "run", folder / "losses", *options)
     assert (code, output.split()[-1]) == (0, "finished")
     losses = read(folder / "losses")
     assert sorted(losses) == list(range(1, 13))
@@ -57,22 +55,45 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
     return losses
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    return undisturbed_losses(tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed_full(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    return undisturbed_losses(tmp_path_factory.mktemp("undisturbed_full"), "--adapter", "none")
+
+
+BETWEEN, IN_SAVE = ("--kill-at", "5"), ("--kill-in-save", "6")
+
+
 @pytest.mark.parametrize(
-    "death",
-    [("--kill-at", "2"), ("--kill-at", "5"), ("--kill-at", "9"), ("--kill-in-save", "6")],
-    ids=["before-any-save", "between-saves", "at-a-save", "during-a-save"],
+    ("adapter", "death"),
+    [
+        pytest.param("lora", ("--kill-at", "2"), id="before-any-save"),
+        pytest.param("lora", BETWEEN, id="between-saves"),
+        pytest.param("lora", ("--kill-at", "9"), id="at-a-save"),
+        pytest.param("lora", IN_SAVE, id="during-a-save"),
+        pytest.param("none", BETWEEN, id="full-between-saves"),
+        pytest.param("none", IN_SAVE, id="full-during-a-save"),
+    ],
 )
 def test_kill_9_then_the_same_command(
-    tmp_path: Path, undisturbed: dict[int, str], death: tuple[str, str]
+    tmp_path: Path, request: pytest.FixtureRequest, adapter: str, death: tuple[str, str]
 ) -> None:
+    undisturbed = request.getfixturevalue(
+        "undisturbed" if adapter == "lora" else "undisturbed_full"
+    )
+    weights = "adapter_model.safetensors" if adapter == "lora" else "model.safetensors"
     folder, losses = tmp_path / "run", tmp_path / "losses"
-    code, _ = run(folder, losses, *death)
+    code, _ = run(folder, losses, "--adapter", adapter, *death)
     assert code == -signal.SIGKILL
     for checkpoint in folder.glob("checkpoint-*"):
-        for name in ("adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"):
+        for name in (weights, "optimizer.safetensors", "trainer_state.json"):
             assert (checkpoint / name).is_file(), f"{checkpoint.name} is half-written"
-    assert not (folder / "checkpoint-6").exists() or death[0] != "--kill-in-save"
-    code, output = run(folder, losses)
+    assert not (folder / "checkpoint-6").exists() or death != IN_SAVE
+    code, output = run(folder, losses, "--adapter", adapter)
     assert (code, output.split()[-1]) == (0, "finished")
     assert read(losses) == undisturbed
     pickles = [p for p in folder.rglob("*") if p.suffix in (".pt", ".pth", ".bin", ".pkl")]

@@ -175,6 +175,42 @@ def test_deepspeed_clips_where_asked_only(recipe: Path, tmp_path: Path) -> None:
     assert curve(out / "decoder") == pytest.approx(alone, rel=1e-5)
 
 
+HALF = ["base.dtype=bfloat16", "training.bf16=true"]
+
+
+def check_half_precision(
+    recipe: Path, out: Path, config: str, adapter: str, rel: float = 1e-4
+) -> None:
+    """As recipes/accelerate launches it: the curve of one process in bfloat16."""
+    alone = one_process(recipe, out / "alone", adapter, *HALF)
+    overrides = [f"decoder.adapter={adapter}", f"training.output_dir={out / 'run'}", *HALF]
+    options = f"--config_file {CONFIGS / config} --mixed_precision bf16"
+    done = launch(options, recipe, *overrides, watched=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert curve(out / "run" / "decoder") == pytest.approx(alone, rel=rel)
+    assert Contract.load(out / "run" / "decoder").kv_dtype == "bfloat16"
+
+
+def test_lora_in_bfloat16_over_fsdp2(recipe: Path, tmp_path: Path) -> None:
+    check_half_precision(recipe, tmp_path, "cpu/fsdp2.yaml", "lora")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "adapter", "rel"),
+    [
+        ("cpu/ddp.yaml", "lora", 1e-4),
+        ("cpu/ddp.yaml", "none", 1e-4),
+        # Its weights are rounded once a step, where autocast rounds them for products only.
+        ("cpu/fsdp2.yaml", "none", 2e-3),
+    ],
+)
+def test_the_others_in_bfloat16(
+    recipe: Path, tmp_path: Path, config: str, adapter: str, rel: float
+) -> None:
+    check_half_precision(recipe, tmp_path, config, adapter, rel)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "kind", "engine", "overrides"),

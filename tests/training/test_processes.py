@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,18 @@ from accelerate.utils import DistributedType
 from tests.training import tiny
 
 from prefillshare_train.core.boundary import BoundaryRule
+from prefillshare_train.core.contract import Contract
+from prefillshare_train.training import launch
 from prefillshare_train.training.base_weights import shard_base
 from prefillshare_train.training.evaluation_batches import COUNTED, EvaluationBatches
-from prefillshare_train.training.launch import LaunchError, check_launch, refuse_lone_process
-from prefillshare_train.training.trainer import collate
+from prefillshare_train.training.launch import (
+    LaunchError,
+    check_agreement,
+    check_launch,
+    refuse_lone_process,
+)
+from prefillshare_train.training.recipe import RecipeError, load_recipe
+from prefillshare_train.training.trainer import CacheConditionedTrainer, collate
 
 
 def accelerator(made: DistributedType, processes: int, **plugins: Any) -> Any:
@@ -45,6 +54,49 @@ def test_an_engine_that_is_not_what_was_asked_for_is_refused(
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(LaunchError, match="use_cpu=false"):
         check_launch(accelerator(DistributedType.MULTI_CPU, 2))
+
+
+@pytest.mark.parametrize("bf16", ["auto", False])
+def test_autocast_that_the_recipe_does_not_ask_for_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16: Any
+) -> None:
+    recipe = load_recipe([tiny.save_recipe(tmp_path, {"bf16": bf16})]).recipe
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(RecipeError, match=r"mixed_precision bf16, and training\.bf16") as error:
+        recipe.training_arguments()
+    assert "--mixed_precision no" in str(error.value)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert not recipe.training_arguments().bf16
+
+
+def test_a_recipe_that_says_nothing_takes_the_launchers_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe([tiny.save_recipe(tmp_path, {})]).recipe
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert recipe.training_arguments().mixed_precision == "bf16"
+
+
+def test_ranks_over_different_caches_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = Contract("base", None, "f", {}, {}, "last_token", "float32")
+    check_agreement(mine)
+    other = dataclasses.asdict(dataclasses.replace(mine, kv_dtype="bfloat16"))
+    monkeypatch.setattr(launch, "gather_object", lambda held: [*held, other])
+    with pytest.raises(LaunchError, match="kv_dtype is 'float32' on rank 0 and 'bfloat16' on rank"):
+        check_agreement(mine)
+    with pytest.raises(LaunchError, match="kv_dtype"):
+        CacheConditionedTrainer(tiny.lora(), tiny.arguments(tmp_path), contract=mine)
+
+
+@pytest.mark.parametrize("launched", ["no", "bf16"])
+def test_a_recipe_that_asks_for_autocast_has_it_however_it_is_launched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: str
+) -> None:
+    recipe = load_recipe([tiny.save_recipe(tmp_path, {"bf16": True})]).recipe
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    assert recipe.training_arguments().mixed_precision == "bf16"
 
 
 def test_a_lone_process_of_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,7 @@ def test_includes_come_first_and_later_files_win(tmp_path: Path, recipe: Path) -
         ("training.learnig_rate=1", "training.learnig_rate. Did you mean training.learning_rate?"),
         ("data.train.sorce=x", "data.train.sorce. Did you mean data.train.source?"),
         ("base.dtyp=float32", "base.dtyp. Did you mean base.dtype?"),
+        ("base.dtype_is_auto=true", "unknown key base.dtype_is_auto"),
         ("boundary=first_token", "boundary rule 'first_token'"),
         ("method=sft", "prefillshare"),
         ("data.max_length=long", "data.max_length"),

@@ -60,6 +60,38 @@ def test_other_code_is_measured_anew(
     assert kept.KeptRows(tmp_path / "runs", "a machine", 4).read(plan(kept)) is None
 
 
+def test_a_quick_run_that_falls_behind_takes_fewer_rounds(kept: Any) -> None:
+    from speed_plans import in_time
+    from speed_workloads import METHODS
+
+    plans = [dataclasses.replace(plan(kept), flops=dict.fromkeys(METHODS, 10**9))] * 2
+    plans = [dataclasses.replace(p, rounds=dict.fromkeys(METHODS, 3)) for p in plans]
+    rates = {"float32": 1e9}
+    whole = sum(p.seconds(1e9) for p in plans)
+    assert in_time(plans, rates, 1.0, whole + 0.01) == plans[0]
+    assert in_time(plans, rates, 1.0, whole - 0.01).rounds == dict.fromkeys(METHODS, 2)
+    assert in_time(plans, rates, 1.5, whole + 0.01).rounds["sft"] < 3
+    assert in_time(plans, rates, 1.0, 0.0).rounds == dict.fromkeys(METHODS, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [
+        ([], "benchmarks/results/train_speed.json"),
+        (["--quick"], "runs/train_speed/quick.json"),
+        (["--quick", "--out", "here.json"], "here.json"),
+    ],
+)
+def test_a_quick_run_leaves_the_whole_grids_results(
+    kept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], place: str
+) -> None:
+    import train_speed
+
+    (tmp_path / "config.json").touch()
+    monkeypatch.setattr("sys.argv", ["train_speed.py", "--model", str(tmp_path), *given])
+    assert train_speed.parse().out == Path(place)
+
+
 def test_a_round_is_compared_with_itself(kept: Any) -> None:
     from train_speed import step_ratio
 
@@ -103,18 +135,23 @@ def test_what_the_targets_are_about_comes_first(kept: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("dtype", "near", "far"),
-    [("float32", 0.700001, 0.7001), ("bfloat16", 0.706, 0.73)],
+    ("dtype", "loss", "near", "far"),
+    [
+        ("float32", 0.7, 0.700001, 0.7001),
+        ("float32", 13.0, 13.0001, 13.001),
+        ("bfloat16", 0.7, 0.706, 0.715),
+        ("bfloat16", 13.0, 13.05, 13.08),
+    ],
 )
 def test_methods_that_train_different_things_are_not_compared(
-    kept: Any, dtype: str, near: float, far: float
+    kept: Any, dtype: str, loss: float, near: float, far: float
 ) -> None:
     from train_speed import check_losses
 
-    check_losses({"sft": 0.7, "prefillshare": near}, dtype, "a setting")
+    check_losses({"sft": loss, "prefillshare": near}, dtype, "a setting")
     with pytest.raises(
         SystemExit, match=r"a setting: the loss of trl at step 0 is .*, that of sft"
     ):
-        check_losses({"sft": 0.7, "trl": far}, dtype, "a setting")
+        check_losses({"sft": loss, "trl": far}, dtype, "a setting")
     with pytest.raises(SystemExit, match="nan"):
-        check_losses({"sft": 0.7, "prefillshare": float("nan")}, dtype, "a setting")
+        check_losses({"sft": loss, "prefillshare": float("nan")}, dtype, "a setting")

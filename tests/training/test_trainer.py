@@ -140,6 +140,52 @@ def test_what_is_logged(tmp_path: Path) -> None:
     assert entry["peak_memory_mib"] > 10
 
 
+def test_the_peak_can_be_measured_and_moves_no_draw(tmp_path: Path) -> None:
+    plain, measured = (
+        tiny.full_trainer(tmp_path / str(given), measure_peak=given) for given in (False, True)
+    )
+    state = torch.get_rng_state()
+    peak = measured._measured_peak()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert 1e-4 < peak < 1e3
+    for trainer in (plain, measured):
+        trainer.train()
+    first, second = (trainer.state.log_history[0] for trainer in (plain, measured))
+    assert first["loss"] == second["loss"]
+    assert "mfu" not in first
+    assert second["mfu"] > 0
+
+
+def test_products_run_in_bfloat16_where_asked(tmp_path: Path) -> None:
+    plain = tiny.full_trainer(tmp_path / "plain", max_steps=3)
+    mixed = tiny.full_trainer(tmp_path / "mixed", max_steps=3, bf16=True)
+    for trainer in (plain, mixed):
+        trainer.train()
+    exact, rounded = (
+        [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        for trainer in (plain, mixed)
+    )
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert rounded != exact
+    assert {weight.dtype for weight in mixed.model.parameters()} == {torch.float32}
+
+
+def test_gradients_are_clipped_where_asked(tmp_path: Path) -> None:
+    """By plain gradient descent, whose first step is as long as the gradient."""
+    moved = []
+    for limit in (0.0, 0.01):
+        options = {"max_grad_norm": limit, "optim": "sgd", "learning_rate": 1.0}
+        options |= {"lr_scheduler_type": "constant", "weight_decay": 0.0, "max_steps": 1}
+        trainer = tiny.full_trainer(tmp_path / str(limit), **options)
+        before = [weight.detach().clone() for weight in trainer.model.parameters()]
+        trainer.train()
+        after = trainer.model.parameters()
+        change = [(a - b).norm() for a, b in zip(after, before, strict=True)]
+        moved.append(torch.stack(change).norm().item())
+    assert moved[0] > 0.02
+    assert moved[1] == pytest.approx(0.01, rel=1e-3)
+
+
 def test_shared_beginnings_are_prefilled_once_and_chunks_change_nothing(tmp_path: Path) -> None:
     system = tuple(range(3, 43))
     rows = [

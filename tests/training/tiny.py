@@ -51,13 +51,13 @@ def lora(seed: int = 0, **options: Any) -> nn.Module:
     return get_peft_model(base, LoraConfig(**settings))
 
 
-def save_base(folder: Path) -> Path:
+def save_base(folder: Path, seed: int = 0) -> Path:
     """A tiny base with its tokenizer, as a checkpoint folder."""
     tokenizer = tiny_tokenizer()
     settings = config()
     settings.vocab_size = len(tokenizer)
     settings.eos_token_id = tokenizer.eos_token_id
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     LlamaForCausalLM(settings).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

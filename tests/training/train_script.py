@@ -6,6 +6,7 @@ python tests/training/train_script.py FOLDER LOSSES [options]
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import resource
 import signal
@@ -63,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("losses", type=Path)
+    parser.add_argument("--adapter", choices=("lora", "none"), default="lora")
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--kill-in-save", type=int)
     parser.add_argument("--full-from", type=int)
@@ -72,8 +74,14 @@ def main() -> None:
     torch.set_num_threads(1)
     stop = StopOnSignal()
     recorder = Recorder(options.losses, options.kill_at, options.full_from, options.sleep)
+    base = None
+    if options.adapter == "lora":
+        model = tiny.lora(lora_dropout=0.1)  # dropout: the generators must resume too
+    else:
+        model = tiny.model()
+        base = copy.deepcopy(model)
     trainer = KilledInSave(
-        tiny.lora(lora_dropout=0.1),  # dropout: the generators must resume too
+        model,
         tiny.arguments(
             options.folder,
             max_steps=12,
@@ -82,6 +90,7 @@ def main() -> None:
             save_steps=options.save_steps,
             lr_scheduler_type="cosine",
         ),
+        base=base,
         train_dataset=tiny.conversations(30),
         callbacks=[stop, recorder],
     )

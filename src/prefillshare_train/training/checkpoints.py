@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from prefillshare_train.training.launch import any_rank
+from prefillshare_train.training.recipe import RecipeError
 from prefillshare_train.training.state_files import (
     SCHEDULER,
     load_generators,
@@ -26,6 +28,19 @@ from prefillshare_train.training.state_files import (
 )
 
 _STAGING = ".unfinished-checkpoints"
+_KEPT = (
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "seed",
+)
+"""Arguments that a checkpoint's optimizer, schedule and place in the data go on with."""
 
 
 class CheckpointWriteError(OSError):
@@ -55,11 +70,40 @@ class AtomicCheckpoints(Trainer):
         folder = self.output_folder
         return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
+    @property
+    def has_trained(self) -> bool:
+        """Whether this start ran a step."""
+        return bool(self.state.global_step > self._initial_global_step)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.should_save:
             shutil.rmtree(self.output_folder / _STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         return super().train(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run that was killed after its last checkpoint, and before its decoder was written, has
+        # nothing left to train; the Trainer looks for the end after a step only and would take one.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # The time and mean loss of a start that ran no step would pass for the run's.
+        if "train_runtime" not in logs or self.has_trained:
+            super().log(logs, start_time)
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        # The folder may have been moved since, and the Trainer keeps no path that is gone.
+        self._find_best(Path(self._get_output_dir(trial)))
+        return super()._finalize_training(trial, *args, **kwargs)
+
+    def _find_best(self, run_dir: Path, published: Path | None = None) -> None:
+        """Have the state name the best checkpoint where it lies, not where it was written."""
+        best = run_dir / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == published or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
 
     def _get_output_dir(self, trial: Any) -> str:
         if self._staging is not None:
@@ -76,6 +120,7 @@ class AtomicCheckpoints(Trainer):
             if self.args.should_save:
                 self._publish(run_dir, name)
             self.accelerator.wait_for_everyone()
+            self._find_best(run_dir)
         except Exception as error:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
@@ -137,16 +182,10 @@ class AtomicCheckpoints(Trainer):
     def _publish(self, run_dir: Path, name: str) -> None:
         assert self._staging is not None
         written, place = self._staging / name, run_dir / name
-        if self.state.best_global_step:
-            best = run_dir / f"checkpoint-{self.state.best_global_step}"
-            if best == place or best.is_dir():
-                self.state.best_model_checkpoint = str(best)
-            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        self._find_best(run_dir, published=place)
+        self.state.save_to_json(str(written / TRAINER_STATE_NAME))
         _flush(written)
-        if place.exists():
-            shutil.rmtree(place)
-        written.rename(place)
-        _flush_folder(run_dir)
+        replace_folder(written, place)
         self._staging.rmdir()
         rotate_checkpoints(
             output_dir=str(run_dir),
@@ -154,6 +193,51 @@ class AtomicCheckpoints(Trainer):
             best_model_checkpoint=self.state.best_model_checkpoint,
             use_mtime=True,
         )
+
+
+def differences(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each key whose value is not what it was."""
+    return [
+        f"  {key}: {began.get(key)!r}, now {now.get(key)!r}"
+        for key in {**began, **now}
+        if began.get(key) != now.get(key)
+    ]
+
+
+def check_arguments(folder: Path, args: TrainingArguments) -> None:
+    """Refuse to go on from a folder that was trained with other arguments.
+
+    The Trainer would go on with those that the optimizer's state holds, and the recipe that is
+    published would tell others. The run's length may change.
+
+    Raises:
+        RecipeError: they differ; the message lists them.
+    """
+    began = json.loads((folder / "training_args.json").read_text())
+    now = json.loads(args.to_json_string())
+    different = differences(
+        {f"training.{key}": began.get(key) for key in _KEPT},
+        {f"training.{key}": now.get(key) for key in _KEPT},
+    )
+    if different:
+        raise RecipeError(
+            f"{folder} was trained with other arguments than the recipe gives here:\n"
+            + "\n".join(different)
+            + "\nSet them to what they were, or train anew in another training.output_dir"
+        )
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """Rename a folder to its place; what lay there is deleted when the new one is there."""
+    aside = new.with_name(f".replaced-{place.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    if place.exists():
+        place.rename(aside)
+    new.rename(place)
+    _flush_folder(place.parent)
+    if aside.exists():
+        shutil.rmtree(aside)
 
 
 def _flush(folder: Path) -> None:
@@ -178,6 +262,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.stopped = False
+        self._stopped_at = self._saved_at = -1
         self._previous: Any = None
 
     def on_train_begin(
@@ -207,6 +292,31 @@ class StopOnSignal(TrainerCallback):
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True
+            self._stopped_at = state.global_step
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._saved_at = state.global_step
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self._stopped_at != state.global_step or state.global_step >= state.max_steps:
+            return
+        # An epoch that was broken off is gone on with, and evaluated, by the next start. That of
+        # one which is whole is saved now, since the next start begins after it.
+        broken_off = state.epoch is not None and state.epoch % 1 != 0
+        control.should_evaluate = control.should_evaluate and not broken_off
+        control.should_save = control.should_evaluate or self._saved_at != state.global_step
 
     def on_train_end(
         self,

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from prefillshare_train.core.boundary import BoundaryRule
-from prefillshare_train.core.contract import ContractError
+from prefillshare_train.core.contract import Contract, ContractError
 from prefillshare_train.core.loading import LoadedDecoder, load_decoder
 from prefillshare_train.core.modules import PrefillModule
 from prefillshare_train.data import EvalExample, PreparedData
@@ -184,7 +184,8 @@ def held_out_report(
 ) -> Table:
     """`compare_methods` on a recipe's held-out rows, written to files.
 
-    Base and decoders run in the base's dtype.
+    Base and decoders run in the recipe's `base.dtype`; where that is `auto`, in the K/V dtype that
+    `conditioned` was trained with, whatever machine this is.
 
     Args:
         out: JSON file of the figures; the answers go to a `.jsonl` of the same name.
@@ -199,15 +200,20 @@ def held_out_report(
     if not data.eval_examples:
         raise RecipeError("the recipe evaluates nothing: set data.eval or data.eval_fraction")
     held_out = HeldOut(data, data.eval_examples[:rows], max_new_tokens, batch_size)
-    dtype = getattr(torch, recipe.base.dtype)
+    auto = recipe.base.dtype_is_auto
+    dtype = Contract.load(conditioned).kv_dtype if auto else recipe.base.dtype
     scores = compare_methods(
-        held_out, conditioned, full_prompt, base=recipe.base_location, dtype=dtype
+        held_out,
+        conditioned,
+        full_prompt,
+        base=recipe.base_location,
+        dtype=getattr(torch, dtype),
     )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_answers(scores, out.with_suffix(".jsonl"))
         beside = out.with_name(f".unfinished-{out.name}")
-        figures = {"scores": [score.row() for score in scores], "dtype": recipe.base.dtype}
+        figures = {"scores": [score.row() for score in scores], "dtype": dtype}
         beside.write_text(json.dumps(figures, indent=2) + "\n")
         beside.replace(out)
     return score_table(scores, "Held-out rows")

@@ -48,6 +48,9 @@ class CacheConditionedConfig(TrainingArguments):
     """Longest answer in tokens."""
     peak_tflops: float | None = None
     """What one device reaches at best, in TFLOP/s; when given, MFU is logged."""
+    measure_peak: bool = False
+    """Measure `peak_tflops` before training, as the rate of a plain product of the decoder's MLP
+    shape in the dtype that products run in: what this machine reaches, not its data sheet."""
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():

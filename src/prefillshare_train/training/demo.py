@@ -27,6 +27,10 @@ _ANSWER_TOKENS = 128
 _BATCH = 20  # turns answered at once: each step reads all weights, however many answers it serves
 
 
+class DemoStoppedError(Exception):
+    """A SIGTERM came; what was trained is saved, and the same command goes on."""
+
+
 @dataclass(frozen=True)
 class _Trained:
     folder: Path
@@ -43,6 +47,9 @@ def run_demo(model: Path, out: Path, recipes: Path, *, rows: int, steps: int | N
 
     Returns:
         The table and the two answers, as text. `comparison.json` and `loss.png` lie in `out`.
+
+    Raises:
+        DemoStoppedError: training was stopped by SIGTERM.
     """
     trained = {task: _train(task, model, out, recipes, steps) for task in _TASKS}
     tools = trained["tool_calling"]
@@ -69,8 +76,8 @@ def _train(task: str, model: Path, out: Path, recipes: Path, steps: int | None) 
         overrides.append(f"training.max_steps={steps}")
     loaded = load_recipe([recipes / f"{task}.yaml"], overrides)
     folder = out / task / DECODER_FOLDER
-    if not folder.is_dir():
-        run_training(loaded, resume=True)
+    if not folder.is_dir() and run_training(loaded, resume=True).decoder is None:
+        raise DemoStoppedError
     data = prepare_data(loaded)
     return _Trained(folder, data, json.loads((folder / "log_history.json").read_text()))
 

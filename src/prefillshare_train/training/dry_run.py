@@ -12,6 +12,7 @@ from prefillshare_train.training.estimate import (
     PARALLEL,
     estimate_memory,
     model_sizes,
+    precision_line,
     step_memory,
     training_flops,
 )
@@ -103,7 +104,11 @@ def estimate_lines(
         lines.append(f"  {key:<22}{values}")
     together = "".join(f"{sum(column.values()) / 2**20:>14,.0f}" for column in columns)
     lines.append(f"  {'together':<22}{together}")
-    return [line for line in lines if line.strip()] + [_time(loaded, config, rows, ranks)]
+    return [
+        *(line for line in lines if line.strip()),
+        precision_line(recipe),
+        _time(loaded, config, rows, ranks),
+    ]
 
 
 def _time(loaded: LoadedRecipe, config: object, rows: Sequence[Conversation], ranks: object) -> str:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from prefillshare_train.core.attention import ATTENTION_NAME
 from prefillshare_train.core.boundary import BoundaryRule
 from prefillshare_train.core.cost import matmul_parameters, step_flops
+from prefillshare_train.core.devices import default_device
 from prefillshare_train.core.forward import causal_lm_of
 from prefillshare_train.core.packing import pack
 from prefillshare_train.core.spans import Conversation
@@ -205,6 +206,18 @@ def prefill_chunk_tokens(
     width = 4 * config.hidden_size + max(3 * config.intermediate_size, attention)
     token = width * item + 8 * config.hidden_size
     return max(_MIN_CHUNK, int(budget_mib * 2**20 / token))
+
+
+def precision_line(recipe: Recipe) -> str:
+    """In which precision a recipe was counted, and that GPUs may choose another."""
+    mixed = recipe.training_arguments().mixed_precision
+    line = f"counted with base.dtype {recipe.base.dtype}, mixed precision {mixed}"
+    if recipe.base.dtype_is_auto and default_device().type == "cpu":
+        line += (
+            "; base.dtype is auto, which this machine without a GPU decided: set "
+            "base.dtype=bfloat16 for GPUs that multiply in it"
+        )
+    return line
 
 
 def training_flops(

@@ -54,22 +54,28 @@ def answer_examples(
     # A few batches' prompts are prefilled at once, so that ended answers make room for others.
     lump = _BATCHES_A_PREFILL * batch_size
     groups = [order[i : i + lump] for i in range(0, len(order), lump)]
-    for group in tqdm(groups, desc=description, unit="prefill", leave=False):
-        chosen = [examples[i] for i in group]
-        prompts = [e.prompt_ids for e in chosen]
-        cache = shared_cache(prefill, decoder, chosen, rule)
-        responses = generate(
-            decoder,
-            cache,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            stop_ids=renderer.end_token_ids,
-            batch_size=batch_size,
-        )
-        for index, example, ids in zip(group, chosen, responses, strict=True):
-            text = renderer.decode(ids, skip_special_tokens=True)
-            verdict = is_correct(text, example.message, example.row.scoring)
-            answers[index] = Answer(text, example.reference, verdict)
+    with tqdm(total=len(examples), desc=description, unit="answer", leave=False) as bar:
+
+        def tick(row: int, response: Sequence[int]) -> None:
+            bar.update()
+
+        for group in groups:
+            chosen = [examples[i] for i in group]
+            prompts = [e.prompt_ids for e in chosen]
+            cache = shared_cache(prefill, decoder, chosen, rule)
+            responses = generate(
+                decoder,
+                cache,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                stop_ids=renderer.end_token_ids,
+                on_response=tick,
+                batch_size=batch_size,
+            )
+            for index, example, ids in zip(group, chosen, responses, strict=True):
+                text = renderer.decode(ids, skip_special_tokens=True)
+                verdict = is_correct(text, example.message, example.row.scoring)
+                answers[index] = Answer(text, example.reference, verdict)
     return [answers[i] for i in range(len(examples))]
 
 

@@ -7,13 +7,15 @@ refused here, with what to write instead.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 
+from prefillshare_train.core.contract import Contract
 from prefillshare_train.training.recipe import RecipeError
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -97,6 +99,25 @@ def check_launch(accelerator: Any) -> None:
         )
 
 
+def check_agreement(contract: Contract) -> None:
+    """Compare what the ranks train over; all must call this together.
+
+    Nodes may hold other files under one name, and `base.dtype: auto` may come out otherwise there.
+
+    Raises:
+        LaunchError: they differ.
+    """
+    held: list[dict[str, Any]] = gather_object([dataclasses.asdict(contract)])
+    for rank, other in enumerate(held):
+        for key, first in held[0].items():
+            if other[key] != first:
+                raise LaunchError(
+                    f"ranks would train over different caches: {key} is {first!r} on rank 0 and "
+                    f"{other[key]!r} on rank {rank}. Give every node the same base and data, and "
+                    "set base.dtype where their processors differ"
+                )
+
+
 def follow_clipping(accelerator: Any, max_grad_norm: float) -> None:
     """Have DeepSpeed clip as `training.max_grad_norm` says.
 
@@ -104,6 +125,21 @@ def follow_clipping(accelerator: Any, max_grad_norm: float) -> None:
     """
     if _is_deepspeed(accelerator):
         accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
+
+
+def keep_loss_precision(accelerator: Any) -> None:
+    """Have FSDP2 leave what modules return as it is.
+
+    accelerate 1.15 has it cast outputs to half precision, and with them the loss over a whole
+    micro-batch, to three digits.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, output_dtype=None
+        )
 
 
 def shards_parameters(accelerator: Any) -> bool:

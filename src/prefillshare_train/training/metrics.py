@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from prefillshare_train.core.cost import matmul_parameters, step_flops
 from prefillshare_train.core.packing import BatchLayout
@@ -91,6 +92,38 @@ class ThroughputMeter:
             rates["mfu"] = rates["tflops"] / self._peak
         self._clear()
         return {key: round(value, 5) for key, value in rates.items()}
+
+
+def measured_tflops(
+    config: PretrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int = 2048,
+    repeats: int = 11,
+) -> float:
+    """TFLOP/s of a plain product of a model's MLP shape over so many tokens, a median."""
+    text = config.get_text_config()
+    draw = torch.Generator(device).manual_seed(0)  # training's own must not move
+    left, right = (
+        torch.randn(rows, text.hidden_size, device=device, dtype=dtype, generator=draw)
+        for rows in (tokens, text.intermediate_size)
+    )
+    # On a GPU several together: one is done before a clock can be read.
+    count = 1 if device.type == "cpu" else 20
+    seconds = []
+    for _ in range(repeats):
+        _wait_for(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            torch.nn.functional.linear(left, right)
+        _wait_for(device)
+        seconds.append((time.perf_counter() - start) / count)
+    return 2 * left.numel() * right.shape[0] / statistics.median(seconds) / 1e12
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def peak_memory_mib() -> float:

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from prefillshare_train.core.boundary import BoundaryRule
+from prefillshare_train.core.devices import default_dtype_name
 from prefillshare_train.data import DataConfig, SourceConfig
 from prefillshare_train.training.config import CacheConditionedConfig
 
@@ -40,8 +41,21 @@ class BaseConfig:
     """Hub id or local path."""
     revision: str | None = None
     """Commit, tag or branch of a hub model."""
-    dtype: Dtype = "bfloat16"
-    """dtype of the base's weights, and so of the prompt cache."""
+    dtype: Dtype | Literal["auto"] = "auto"
+    """dtype of the base's weights, and so of the prompt cache. `auto` is bfloat16 where this
+    machine multiplies in it, float32 elsewhere (most laptops); `training.use_cpu: true` asks its
+    CPU, whatever GPUs there are."""
+
+    def __post_init__(self) -> None:
+        # No field, which a recipe could set.
+        self.dtype_is_auto = self.dtype == "auto"
+        if self.dtype_is_auto:
+            self.resolve_dtype()
+
+    def resolve_dtype(self, device: str | None = None) -> None:
+        """Set what `auto` comes out as on a device; the default one where None."""
+        found: Any = default_dtype_name(device)
+        self.dtype = found
 
 
 @dataclass(kw_only=True)
@@ -73,7 +87,8 @@ class Recipe:
     boundary: str = "last_token"
     """Boundary rule: `last_token`, `generation_prompt`, `block_aligned:B` or `ratio:r`."""
     training: dict[str, Any] = field(default_factory=dict)
-    """Any field of `CacheConditionedConfig`, that is of `transformers.TrainingArguments` too."""
+    """Any field of `CacheConditionedConfig`, that is of `transformers.TrainingArguments` too.
+    `bf16: auto` is true where `base.dtype` is, or comes out as, bfloat16."""
     decoders: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Several decoders trained at once over one prefill, by name. Each lists what it has of its own
     among `decoder`, `data`, `training` and `boundary`; the rest is the recipe's. Checkpoints go to
@@ -85,11 +100,18 @@ class Recipe:
 
     def __post_init__(self) -> None:
         BoundaryRule.parse(self.boundary)
+        if self.base.dtype_is_auto and self.training.get("use_cpu"):
+            self.base.resolve_dtype("cpu")
         if "output_dir" not in self.training:
             raise ValueError("training.output_dir is missing: name the folder for checkpoints")
         for name, folder in self.local_copies.items():
             if not Path(folder).expanduser().exists():
                 raise ValueError(f"local_copies: {folder}, given for {name}, does not exist")
+
+    @property
+    def bf16(self) -> bool:
+        """What `training.bf16: auto` stands for."""
+        return self.base.dtype == "bfloat16"
 
     @property
     def base_location(self) -> str:
@@ -113,17 +135,23 @@ class Recipe:
         """The trainer's arguments, checked by binding them to the dataclass.
 
         Raises:
-            RecipeError: a value is not one that the trainer takes.
+            RecipeError: a value is not one that the trainer takes, or `accelerate launch` was given
+                another mixed precision.
         """
         # YAML reads a bare `no` as false; every *_strategy takes the word.
         values: dict[str, Any] = {
             key: "no" if value is False and key.endswith("_strategy") else value
             for key, value in self.training.items()
         }
+        if values.get("bf16") == "auto":
+            values["bf16"] = self.bf16
         try:
-            return CacheConditionedConfig(**values, method=self.method, boundary=self.boundary)
+            arguments = CacheConditionedConfig(**values, method=self.method, boundary=self.boundary)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"training: {error}") from error
+        if {"bf16", "fp16"} & set(self.training):
+            _check_precision(arguments)
+        return arguments
 
 
 @dataclass(frozen=True)
@@ -135,8 +163,13 @@ class LoadedRecipe:
     values: dict[str, Any]
 
     def to_yaml(self) -> str:
-        """The composed recipe, for the run's folder."""
-        return yaml.safe_dump(self.values, sort_keys=False)
+        """The composed recipe with what `auto` came out as, for the run's folder."""
+        dtype = self.recipe.base.dtype
+        values = self.values | {"base": {**self.values["base"], "dtype": dtype}}
+        if self.recipe.training.get("bf16") == "auto":
+            training = {**self.recipe.training, "bf16": self.recipe.bf16}
+            values |= {"training": training}
+        return yaml.safe_dump(values, sort_keys=False)
 
 
 def load_recipe(paths: Sequence[Path | str], overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -220,6 +253,18 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
         ]
         raise RecipeError("the recipe is not valid:\n" + "\n".join(lines)) from error
     return recipe
+
+
+def _check_precision(arguments: CacheConditionedConfig) -> None:
+    # transformers takes the launcher's where neither `bf16` nor `fp16` is true.
+    found: Any = arguments.mixed_precision
+    if found != ("fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "no"):
+        raise RecipeError(
+            f"accelerate was launched with mixed_precision {found}, and training.bf16 is false, or "
+            "auto and false on this machine: the run would train in another precision than its "
+            "recipe says. Pass --mixed_precision no to accelerate launch, or set "
+            "training.bf16=true, and base.dtype=bfloat16 for a base in it too"
+        )
 
 
 def _with_includes(path: Path, parents: tuple[Path, ...]) -> list[Any]:

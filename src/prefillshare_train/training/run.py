@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, set_seed
@@ -19,7 +22,12 @@ from prefillshare_train.core.modules import causal_lm_of, load_causal_lm
 from prefillshare_train.core.shared_prefill import SharedPrefill
 from prefillshare_train.data import PreparedData, build_dataset
 from prefillshare_train.training.base_weights import whole_weights
-from prefillshare_train.training.checkpoints import StopOnSignal
+from prefillshare_train.training.checkpoints import (
+    StopOnSignal,
+    check_arguments,
+    differences,
+    replace_folder,
+)
 from prefillshare_train.training.config import CacheConditionedConfig
 from prefillshare_train.training.exact_match import ExactMatchCallback
 from prefillshare_train.training.launch import refuse_lone_process
@@ -28,6 +36,8 @@ from prefillshare_train.training.recipe import LoadedRecipe, Recipe, RecipeError
 from prefillshare_train.training.trainer import CacheConditionedTrainer
 
 DECODER_FOLDER = "decoder"
+_PLACES = ("training.output_dir", "local_copies.")
+"""Keys of a recipe that say where, and change no decoder."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,8 @@ class RunResult:
 
     Attributes:
         decoder: folder of the finished decoder, None when a signal stopped the run early.
-        trainer: the trainer, with its model and log history.
+        trainer: the trainer, with its model and log history. Where an earlier start had finished
+            the decoder, the model is as it was before training: load the decoder from its folder.
         data: the prepared data.
     """
 
@@ -150,6 +161,7 @@ class PreparedRun:
         data: the prepared data.
         stop: set `stop.stopped` to have the run save and end after its step.
         checkpoint: where it goes on from, or None.
+        finished: whether the run's folder holds the decoder of this very recipe already.
     """
 
     loaded: LoadedRecipe
@@ -157,15 +169,22 @@ class PreparedRun:
     data: PreparedData
     stop: StopOnSignal
     checkpoint: str | None
+    finished: bool = False
 
     def train(self) -> RunResult:
         """Train to the end and leave the decoder in `<output_dir>/decoder`."""
+        decoder = self.trainer.output_folder / DECODER_FOLDER
+        if self.finished:
+            self.trainer.state.log_history = _log_history(decoder)
+            self.trainer.state.global_step = _last_step(decoder)
+            return RunResult(decoder, self.trainer, self.data)
         self.trainer.train(resume_from_checkpoint=self.checkpoint)
-        if self.stop.stopped:
+        state = self.trainer.state
+        # A signal after the last step finds nothing to stop, and may have reached one rank only.
+        if self.stop.stopped and state.global_step < state.max_steps:
             return RunResult(None, self.trainer, self.data)
         if self.data.eval and not self._is_evaluated:
             self.trainer.evaluate()
-        decoder = self.trainer.output_folder / DECODER_FOLDER
         publish_decoder(self.trainer, decoder, self.loaded.to_yaml())
         return RunResult(decoder, self.trainer, self.data)
 
@@ -191,7 +210,9 @@ def prepare_run(
         shared: a base that other runs of this process read too.
 
     Raises:
-        RecipeError: the output directory already holds a run and `resume` is False.
+        RecipeError: the output directory already holds a run and `resume` is False, or one that was
+            trained over another cache or with other arguments than the recipe's, or the decoder of
+            another recipe without a checkpoint to go on from.
     """
     recipe = loaded.recipe
     arguments = recipe.training_arguments()
@@ -218,8 +239,64 @@ def prepare_run(
         callbacks=[stop],
     )
     trainer.add_callback(ExactMatchCallback(trainer, data.eval_examples, data.renderer))
-    checkpoint = trainer.last_checkpoint() if resume else None
-    return PreparedRun(loaded, trainer, data, stop, checkpoint)
+    checkpoint, decoder = trainer.last_checkpoint(), output / DECODER_FOLDER
+    began = Path(checkpoint) if checkpoint is not None else decoder
+    if not began.is_dir():
+        return PreparedRun(loaded, trainer, data, stop, None)
+    assert trainer.contract is not None
+    _check_contract(began, trainer.contract)
+    check_arguments(began, arguments)
+    changes = _changes(decoder, loaded, trainer) if decoder.is_dir() else None
+    if changes and checkpoint is None:
+        raise RecipeError(
+            f"{decoder} was trained by another recipe, and there is no checkpoint to go on from:\n"
+            + "\n".join(changes)
+            + "\nSet those keys to what they were, or train anew in another training.output_dir"
+        )
+    return PreparedRun(loaded, trainer, data, stop, checkpoint, finished=changes == [])
+
+
+def _changes(decoder: Path, loaded: LoadedRecipe, trainer: CacheConditionedTrainer) -> list[str]:
+    """What tells a finished decoder from the one that the recipe would leave."""
+    began = _flat(yaml.safe_load((decoder / "recipe.yaml").read_text()))
+    now = _flat(yaml.safe_load(loaded.to_yaml()))
+    # The data may have grown, and the steps of an epoch with it.
+    steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    return differences({**began, "steps": _last_step(decoder)}, {**now, "steps": steps})
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A recipe's values by their keys as overrides write them, without those of places."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        found |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
+    return {key: value for key, value in found.items() if not key.startswith(_PLACES)}
+
+
+def _log_history(decoder: Path) -> list[dict[str, Any]]:
+    file = decoder / "log_history.json"
+    history: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
+    return history
+
+
+def _last_step(decoder: Path) -> int:
+    return max((entry["step"] for entry in _log_history(decoder)), default=0)
+
+
+def _check_contract(began_at: Path, contract: Contract) -> None:
+    """Refuse a folder that began over another cache: its decoder's contract would be untrue."""
+    # The fingerprint tells bases apart; their names may differ between machines.
+    began, now = (
+        dataclasses.asdict(dataclasses.replace(c, base_id="", base_revision=None, version=0))
+        for c in (Contract.load(began_at), contract)
+    )
+    if different := differences(began, now):
+        raise RecipeError(
+            f"{began_at} was trained with another contract than the recipe gives here:\n"
+            + "\n".join(different)
+            + "\nSet those keys to what they were, or train anew in another training.output_dir"
+        )
 
 
 def run_training(loaded: LoadedRecipe, *, resume: bool = False) -> RunResult:
@@ -248,8 +325,9 @@ def publish_decoder(trainer: CacheConditionedTrainer, place: Path, recipe_yaml: 
     if not trainer.args.should_save:
         return
     (beside / "recipe.yaml").write_text(recipe_yaml)
-    history = json.dumps(trainer.state.log_history, indent=1)
-    (beside / "log_history.json").write_text(history + "\n")
-    if place.exists():
-        shutil.rmtree(place)
-    beside.rename(place)
+    history = list(trainer.state.log_history)
+    if not trainer.has_trained:  # what the training took is told by the log of the start that did
+        told = [entry for entry in _log_history(place) if "train_runtime" in entry]
+        history += [entry for entry in told if entry["step"] == trainer.state.global_step]
+    (beside / "log_history.json").write_text(json.dumps(history, indent=1) + "\n")
+    replace_folder(beside, place)

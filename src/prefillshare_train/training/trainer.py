@@ -16,6 +16,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from prefillshare_train.core.attention import JOB_KEYWORD, AttentionJob
 from prefillshare_train.core.boundary import BoundaryRule
 from prefillshare_train.core.contract import Contract
+from prefillshare_train.core.devices import warn_of_slow_products
 from prefillshare_train.core.modules import (
     PrefillModule,
     attach_loss_head,
@@ -34,11 +35,13 @@ from prefillshare_train.training.evaluation_loop import TokenWeightedEvaluation
 from prefillshare_train.training.launch import (
     LaunchError,
     allow_sharding_on_cpu,
+    check_agreement,
     check_launch,
     follow_clipping,
+    keep_loss_precision,
     shards_parameters,
 )
-from prefillshare_train.training.metrics import ThroughputMeter
+from prefillshare_train.training.metrics import ThroughputMeter, measured_tflops
 
 
 class TrainingDivergedError(RuntimeError):
@@ -114,6 +117,7 @@ class CacheConditionedTrainer(AtomicCheckpoints, TokenWeightedEvaluation, Traine
             callbacks=callbacks,
             **kwargs,
         )
+        self._warn_of_slow_products()
         self.data_collator = self._collator()
         # compute_loss divides by the tokens of the whole global batch.
         self.model_accepts_loss_kwargs = True
@@ -126,8 +130,23 @@ class CacheConditionedTrainer(AtomicCheckpoints, TokenWeightedEvaluation, Traine
             self.decoder,
             full=not isinstance(model, PeftModel),
             checkpointing=bool(args.activation_checkpointing),
-            peak_tflops=args.peak_tflops,
+            peak_tflops=self._measured_peak() if args.measure_peak else args.peak_tflops,
         )
+
+    def _warn_of_slow_products(self) -> None:
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        used = [mixed.get(self.accelerator.mixed_precision, self.decoder.dtype)]
+        if self.prefill is not None:
+            used.append(self.prefill.causal_lm.dtype)
+        for dtype in used:
+            warn_of_slow_products(dtype, self.args.device)
+
+    def _measured_peak(self) -> float:
+        if self.args.bf16 or self.args.fp16:
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16
+        else:
+            dtype = self.decoder.dtype
+        return measured_tflops(self.decoder.config, self.args.device, dtype)
 
     # -- processes --------------------------------------------------------------------------------
 
@@ -135,7 +154,10 @@ class CacheConditionedTrainer(AtomicCheckpoints, TokenWeightedEvaluation, Traine
         allow_sharding_on_cpu()
         super().create_accelerator_and_postprocess()
         check_launch(self.accelerator)
+        if self.contract is not None:
+            check_agreement(self.contract)
         follow_clipping(self.accelerator, self.args.max_grad_norm)
+        keep_loss_precision(self.accelerator)
         if shards_parameters(self.accelerator) and getattr(self.decoder, "is_quantized", False):
             raise LaunchError(
                 "a quantised base cannot be shared out over ranks. Launch with "
