@@ -224,3 +224,13 @@ def test_tokenizer_fingerprint_is_of_contents_and_not_of_use(tmp_path: Path) -> 
     assert tokenizer_fingerprint(loaded) == before
     tokenizer.add_tokens(["new"])
     assert tokenizer_fingerprint(tokenizer) != before
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_plain_prompts_are_told_from_those_of_chats(adds_bos: bool) -> None:
+    tokenizer = tiny_tokenizer(None, bos="<s>", adds_bos=adds_bos)
+    assert prompt_renderer("plain", tokenizer).is_plain
+    for name in ("alpaca", "question_answer"):
+        assert not prompt_renderer(name, tokenizer).is_plain
+    assert not renderer_with().is_plain
+    assert not renderer_with("{{- raise_exception('never') -}}").is_plain

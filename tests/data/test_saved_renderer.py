@@ -5,9 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.data import helpers
 from tests.data.helpers import tiny_tokenizer
 
-from prefillshare_train.data import DataError, Renderer, make_renderer, saved_renderer
+from prefillshare_train.data import (
+    DataError,
+    Renderer,
+    base_renderer,
+    make_renderer,
+    saved_renderer,
+)
 
 MESSAGES = [{"role": "user", "content": "Hi there"}]
 OPTIONS = [
@@ -49,3 +56,14 @@ def test_the_tokenizer_in_use_is_not_changed() -> None:
     before = tokenizer.chat_template
     make_renderer(tokenizer, prompt_template="alpaca").saved_tokenizer()
     assert tokenizer.chat_template == before
+
+
+def test_a_base_without_a_chat_template_takes_the_prompt_template(tmp_path: Path) -> None:
+    for name, own in (("chat", helpers.CHATML), ("text", None)):
+        tiny_tokenizer(own).save_pretrained(tmp_path / name)
+    chat, text = (str(tmp_path / name) for name in ("chat", "text"))
+    assert base_renderer(chat, None, None, prompt_template="plain").kind == "tokenizer"
+    assert base_renderer(text, None, "chatml-tools", prompt_template="plain").name == "chatml-tools"
+    assert base_renderer(text, None, None, prompt_template="plain").is_plain
+    with pytest.raises(DataError, match="no chat template"):
+        base_renderer(text, None, None)

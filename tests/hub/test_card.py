@@ -30,8 +30,10 @@ RECIPE = {
     "training": {"learning_rate": 2e-5, "output_dir": "run"},
 }
 LOG = [
-    {"loss": 0.5, "step": 1},
-    {"train_runtime": 5400.0, "train_loss": 0.25, "total_flos": 1.5e15, "step": 66},
+    {"loss": 0.5, "step": 22},
+    {"loss": 0.125, "step": 66},
+    # A run that was resumed: the Trainer's mean is of its last start.
+    {"train_runtime": 5400.0, "train_loss": 0.125, "total_flos": 1.5e15, "step": 66},
     {"eval_loss": 0.23, "eval_token_accuracy": 0.93, "step": 66},
 ]
 

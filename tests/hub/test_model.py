@@ -109,6 +109,16 @@ def test_the_decoder_reads_the_bases_cache_up_to_its_boundary(base: Path, lora: 
     assert found[0, len(prompt) :].tolist() == expected
 
 
+def test_another_dtype_than_the_contracts_is_told(
+    lora: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = Contract.load(lora).kv_dtype
+    load_decoder(lora, dtype=getattr(torch, asked))
+    assert "K/V" not in caplog.text
+    load_decoder(lora, dtype=torch.float64)
+    assert f"trained on K/V in {asked}" in caplog.text
+
+
 def test_a_decoder_that_read_its_own_prompts_in_training_reads_them_here(base: Path) -> None:
     folder = decoders.save_decoder(base.parent / "own", base, method="full_prompt")
     found = PrefillShareModel.from_pretrained(folder).generate(torch.tensor(PROMPTS[:1]))

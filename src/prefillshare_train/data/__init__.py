@@ -8,6 +8,7 @@ from prefillshare_train.data.rendering import Renderer, make_renderer
 from prefillshare_train.data.report import DataReport
 from prefillshare_train.data.rows import Message, Row, Tool
 from prefillshare_train.data.saved_renderer import base_renderer, saved_renderer
+from prefillshare_train.data.template_checks import tools_left_out
 
 __all__ = [
     "DataConfig",
@@ -29,4 +30,5 @@ __all__ = [
     "parse_tool_calls",
     "renderer_of",
     "saved_renderer",
+    "tools_left_out",
 ]

@@ -7,9 +7,11 @@ conversation; this is where that is found out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prefillshare_train.data.errors import DataError
 from prefillshare_train.data.rendering import Renderer, RenderError
-from prefillshare_train.data.rows import Message
+from prefillshare_train.data.rows import Message, Tool
 
 # What precedes a header decides whether its tokens merge with it.
 _USER_TEXTS = ("a", "a\n", "a\n\n", "a ", "1", "?", "é", "```")
@@ -27,13 +29,10 @@ def generation_header(renderer: Renderer) -> tuple[int, ...]:
     found: dict[tuple[int, ...], str] = {}
     for messages in _probes():
         try:
-            bare = renderer.text(messages, add_generation_prompt=False)
-            prompt = renderer.text(messages, add_generation_prompt=True)
+            ids, length = prompt_and_header(messages, renderer)
         except RenderError:
             continue  # a template may refuse system messages
-        ids = renderer.encode([prompt])[0]
-        length = renderer.header_length(bare, prompt, ids)
-        found.setdefault(tuple(ids[len(ids) - length :]), prompt)
+        found.setdefault(tuple(ids[len(ids) - length :]), renderer.decode(ids))
     if not found:
         raise DataError(f"the template {renderer.name} renders none of the usual conversations")
     if () in found:
@@ -48,6 +47,41 @@ def generation_header(renderer: Renderer) -> tuple[int, ...]:
             f"conversation: {shown}"
         )
     return next(iter(found))
+
+
+def plain_header(renderer: Renderer) -> tuple[int, ...]:
+    """The generation prompt after a plain user message, for prompts that come as token ids.
+
+    Returns:
+        Token ids; none where the template has no generation prompt or refuses the message.
+    """
+    try:
+        ids, length = prompt_and_header([{"role": "user", "content": "a"}], renderer)
+    except DataError:
+        return ()
+    return tuple(ids[len(ids) - length :])
+
+
+def header_at_end(ids: Sequence[int], header: Sequence[int]) -> int:
+    """Tokens of a header that a prompt ends in: all of them, or 0."""
+    ends = bool(header) and tuple(ids[-len(header) :]) == tuple(header)
+    return len(header) if ends else 0
+
+
+def prompt_and_header(
+    messages: Sequence[Message], renderer: Renderer, tools: Sequence[Tool] | None = None
+) -> tuple[list[int], int]:
+    """The prompt of the next assistant turn, and how many tokens at its end are its header.
+
+    The messages are rendered as they are: add the system prompt before.
+
+    Raises:
+        DataError: the template refuses them.
+    """
+    bare = renderer.text(messages, tools, add_generation_prompt=False)
+    prompt = renderer.text(messages, tools, add_generation_prompt=True)
+    ids = renderer.encode([prompt])[0]
+    return ids, renderer.header_length(bare, prompt, ids)
 
 
 def _probes() -> list[list[Message]]:

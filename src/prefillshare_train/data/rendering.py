@@ -54,6 +54,15 @@ class Renderer:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     end_token_ids: tuple[int, ...] = ()
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a user's message is the whole prompt, with nothing around it but a BOS."""
+        try:
+            text = self.text(_PROBE[:1], add_generation_prompt=True)
+        except RenderError:
+            return False
+        return text.removeprefix(self.tokenizer.bos_token or "") == _PROBE[0]["content"]
+
     def with_system_prompt(self, messages: Sequence[Message]) -> list[Message]:
         """The messages, after the system prompt where there is one and they have none."""
         if self.system_prompt is None or (

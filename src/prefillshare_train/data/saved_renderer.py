@@ -41,12 +41,19 @@ def saved_renderer(folder: Path | str, prompt: dict[str, Any]) -> Renderer:
     return renderer
 
 
-def base_renderer(base: str, revision: str | None, chat_template: str | None) -> Renderer:
+def base_renderer(
+    base: str,
+    revision: str | None,
+    chat_template: str | None,
+    *,
+    prompt_template: str | None = None,
+) -> Renderer:
     """The prompts of a base on its own.
 
     Args:
         base: hub id or folder; only its tokenizer and generation configuration are read.
         chat_template: a `.jinja` file or a packaged name; None takes the tokenizer's own.
+        prompt_template: likewise, for a tokenizer that has none.
 
     Raises:
         DataError: there is no such template, or none at all.
@@ -56,8 +63,11 @@ def base_renderer(base: str, revision: str | None, chat_template: str | None) ->
         ends = GenerationConfig.from_pretrained(base, revision=revision or "main").eos_token_id
     except OSError:
         ends = None
+    tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
+    has_template = bool(chat_template or tokenizer.chat_template)
     return make_renderer(
-        AutoTokenizer.from_pretrained(base, revision=revision),
+        tokenizer,
         chat_template=chat_template,
+        prompt_template=None if has_template else prompt_template,
         end_token_ids=[ends] if isinstance(ends, int) else list(ends or []),
     )

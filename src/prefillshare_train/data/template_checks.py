@@ -7,9 +7,40 @@ from collections.abc import Sequence
 
 from prefillshare_train.data.errors import DataError
 from prefillshare_train.data.rendering import Renderer
-from prefillshare_train.data.rows import Message, Row
+from prefillshare_train.data.rows import Message, Row, Tool
 
 _FIX = "Set data.chat_template to one that shows them, such as chatml-tools"
+
+
+def tools_left_out(
+    renderer: Renderer,
+    tools: Sequence[Tool],
+    messages: Sequence[Message],
+    prompt: str,
+    owner: str,
+) -> str:
+    """What a prompt lacks of its tools, in words; empty where it shows them all.
+
+    Args:
+        messages: those of the prompt.
+        prompt: their rendering, with tools and generation prompt.
+        owner: what the tools belong to, such as `row`.
+
+    Raises:
+        RenderError: the template refuses the messages without tools.
+    """
+    if renderer.text(messages, None, add_generation_prompt=True) == prompt:
+        return (
+            f"the {owner} has tools, but the template {renderer.name} ignores them: the prompt is "
+            "the same with and without"
+        )
+    missing = _missing(tools, prompt)
+    if missing:
+        return (
+            f"the template {renderer.name} leaves out {len(missing)} of the {owner}'s "
+            f"{len(tools)} tools: {', '.join(missing)}"
+        )
+    return ""
 
 
 class ToolChecks:
@@ -31,22 +62,10 @@ class ToolChecks:
             DataError: the prompt is the same without tools, or lacks the name of one.
             RenderError: the template refuses the messages without tools.
         """
-        if not row.tools:
+        if not row.tools or (self._shows_tools and not _missing(row.tools, prompt)):
             return
-        names = [tool["function"]["name"] for tool in row.tools]
-        left_out = [name for name in names if not _names(prompt, name)]
-        if not left_out and self._shows_tools:
-            return
-        if self._renderer.text(messages, None, add_generation_prompt=True) == prompt:
-            raise DataError(
-                f"{row.origin}: the row has tools, but the template {self._renderer.name} ignores "
-                f"them: the prompt is the same with and without. {_FIX}"
-            )
-        if left_out:
-            raise DataError(
-                f"{row.origin}: the template {self._renderer.name} leaves out "
-                f"{len(left_out)} of the row's {len(names)} tools: {', '.join(left_out)}. {_FIX}"
-            )
+        if fault := tools_left_out(self._renderer, row.tools, messages, prompt, "row"):
+            raise DataError(f"{row.origin}: {fault}. {_FIX}")
         self._shows_tools = True
 
     def calls(self, row: Row, messages: Sequence[Message]) -> None:
@@ -88,6 +107,11 @@ class ToolChecks:
                     f"{row.origin}: the template {self._renderer.name} leaves out the call of "
                     f"{name}; it renders the turn as {response[-200:]!r}. {_FIX}"
                 )
+
+
+def _missing(tools: Sequence[Tool], prompt: str) -> list[str]:
+    names = [tool["function"]["name"] for tool in tools]
+    return [name for name in names if not _names(prompt, name)]
 
 
 def _names(text: str, name: str) -> bool:

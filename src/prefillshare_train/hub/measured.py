@@ -110,7 +110,11 @@ def eval_results(rows: list[dict[str, Any]]) -> list[EvalResult]:
 
 
 def training_log(checkpoint: Path) -> dict[str, Any]:
-    """The last value of everything that a run logged; empty where there is no log."""
+    """The last value of everything that a run logged; empty where there is no log.
+
+    `train_loss` is the mean of the losses logged at its steps: the Trainer's own covers the last
+    start of a run only.
+    """
     finished, running = checkpoint / "log_history.json", checkpoint / "trainer_state.json"
     history: list[dict[str, Any]] = []
     if finished.is_file():
@@ -120,4 +124,12 @@ def training_log(checkpoint: Path) -> dict[str, Any]:
     last: dict[str, Any] = {}
     for entry in history:
         last |= entry
+    last.pop("train_loss", None)
+    total, counted = 0.0, 0
+    for entry in history:
+        if "loss" in entry:  # the mean since the entry before
+            total += entry["loss"] * (entry["step"] - counted)
+            counted = entry["step"]
+    if counted:
+        last["train_loss"] = total / counted
     return last
