@@ -19,7 +19,11 @@ DEFAULT_DATA_DIR = "../shared/data"
 
 
 def jsonl(
-    data_file: str, columns: Sequence[str], data_dir: str | None = None, **_: Any
+    data_file: str,
+    columns: Sequence[str],
+    data_dir: str | None = None,
+    train_file: str | None = None,
+    **_: Any,
 ) -> dict[str, datasets.Dataset]:
     """Read a task's rows.
 
@@ -28,19 +32,25 @@ def jsonl(
         columns: what every row must have, as text.
         data_dir: from `--metadata data_dir=DIR`; else the environment's PREFILLSHARE_EVAL_DATA,
             else `../shared/data`.
+        train_file: a file of further rows, for examples.
 
     Returns:
-        One split, `test`, in the file's order.
+        The split `test`, and `train` where it is named, in the files' order.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a line is not JSON or lacks a column, or the file has no rows.
     """
     folder = data_dir or os.environ.get(DATA_DIR_VARIABLE) or DEFAULT_DATA_DIR
-    path = Path(folder).expanduser() / data_file
+    files = {"test": data_file} | ({"train": train_file} if train_file else {})
+    return {split: _split(Path(folder), name, columns) for split, name in files.items()}
+
+
+def _split(folder: Path, name: str, columns: Sequence[str]) -> datasets.Dataset:
+    path = folder.expanduser() / name
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is not there. Name the directory that holds {data_file} with "
+            f"{path} is not there. Name the directory that holds {name} with "
             f"prefillshare eval --data DIR, lm-eval --metadata data_dir=DIR, or {DATA_DIR_VARIABLE}"
         )
     rows = []
@@ -50,7 +60,7 @@ def jsonl(
                 rows.append(_row(line, columns, f"{path}:{number}"))
     if not rows:
         raise ValueError(f"{path} has no rows")
-    return {"test": datasets.Dataset.from_list(rows)}
+    return datasets.Dataset.from_list(rows)
 
 
 def _row(line: str, columns: Sequence[str], origin: str) -> dict[str, str]:

@@ -92,7 +92,7 @@ def test_answers_are_not_evaluated(env_dir: Path, tmp_path: Path) -> None:
     (item,) = task.items()
     marker = tmp_path / "written"
     attack = f"[tea.order(cups=0 + __import__('pathlib').Path({str(marker)!r}).write_text('x'))]"
-    (verdict,) = task.judge([item], [attack], lambda: None)
+    (verdict,) = task.judge([item], [attack], lambda *_: None)
     assert not verdict.correct
     assert "not arithmetic on literals" in verdict.detail
     assert not marker.exists()
@@ -172,11 +172,11 @@ def test_accepted_answers_are_valid(env_dir: Path, category: Category, style: St
         for item in items:
             ((name, accepted),) = item.reference["ground_truth"][0].items()
             outputs.append(text_of([(name, chosen(accepted, leave_out))], style))
-        verdicts = task.judge(items, outputs, lambda: None)
+        verdicts = task.judge(items, outputs, lambda *_: None)
         wrong = {i.item_id: v.detail for i, v in zip(items, verdicts, strict=True) if not v.correct}
         assert set(wrong) == (CONTRADICTORY & ids if leave_out else set())
         assert all("Missing required" in detail for detail in wrong.values())
-        shifted = task.judge(items, [*outputs[1:], outputs[0]], lambda: None)
+        shifted = task.judge(items, [*outputs[1:], outputs[0]], lambda *_: None)
         assert sum(verdict.correct for verdict in shifted) == 0
 
 

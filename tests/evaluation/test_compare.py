@@ -249,3 +249,105 @@ def test_an_unfinished_evaluation_is_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"complete": true', '"complete": false'))
     with pytest.raises(EvaluationError, match="did not finish every task"):
         compare([run])
+
+
+def edit_summary(folder: Path, **changes: Any) -> Path:
+    path = folder / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def test_two_bases_are_two_rows(tmp_path: Path) -> None:
+    runs = []
+    for name, verdicts in (("small", "00"), ("large", "11")):
+        entries = [
+            (row("base", "base--self", boundary=None, prefill="self"), verdicts),
+            (row("PrefillShare", f"{name}--last_token"), verdicts),
+        ]
+        about = {"base": {"id": f"org/{name}"}, "run": {"base_fingerprint": f"sha256:{name}"}}
+        runs.append(edit_summary(write_run(tmp_path / name, entries), **about))
+    comparison = compare(runs)
+    assert comparison.names == [
+        "base (org/large)",
+        "base (org/small)",
+        "PrefillShare (large)",
+        "PrefillShare (small)",
+    ]
+    assert {(a, b) for _, a, b, _ in comparison.paired} == {
+        ("base (org/small)", "PrefillShare (small)"),
+        ("base (org/large)", "PrefillShare (large)"),
+    }
+    assert "| base (org/large) | 100.0 [" in markdown(comparison)
+    for run in runs:  # as earlier versions left them
+        edit_summary(run, base={})
+    assert compare(runs).names[:2] == ["base (sha256:large)", "base (sha256:small)"]
+
+
+def test_two_bases_under_one_name_are_not_one_row(tmp_path: Path) -> None:
+    """Also where each was evaluated on a benchmark of its own."""
+    runs = []
+    for name in ("small", "large"):
+        entry = row("base", "base--self", boundary=None, task=f"task of {name}")
+        about = {"base": {"id": name}, "run": {"base_fingerprint": name}}
+        runs.append(edit_summary(write_run(tmp_path / name, [(entry, "01")]), **about))
+    assert compare(runs).names == ["base (large)", "base (small)"]
+
+
+def test_two_styles_are_two_rows_and_other_tasks_stay_one(tmp_path: Path) -> None:
+    runs = []
+    for style, verdicts in (("chat_template", "00"), ("prompting", "11")):
+        entries = [(row("base", "base--self", boundary=None), verdicts)]
+        runs.append(write_run(tmp_path / style, entries, settings={"style": style}))
+    other = row("base", "base--self", boundary=None, task="words")
+    runs.append(write_run(tmp_path / "other", [(other, "01")]))
+    names = ["base", "base (chat_template)", "base (prompting)"]
+    assert sorted(compare(runs).names) == names
+
+
+def test_two_results_of_one_base_can_be_renamed(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / name, [(row("base", f"{name}--self", boundary=None), verdicts)])
+        for name, verdicts in (("base", "10"), ("again", "01"))
+    ]
+    assert sorted(compare(runs).names) == ["base", "base (again)"]
+    other = write_run(tmp_path / "c", [(row("base", "base--self", boundary=None), "01")])
+    with pytest.raises(EvaluationError, match="name=base"):
+        compare([runs[0], other])
+
+
+def test_what_the_shared_prefill_saved_is_in_table_and_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [(row("PrefillShare", "ours--last_token"), "10")])
+    saved = {"base_tokens": 1200, "base_tokens_if_apart": 3600, "saved_share": 2 / 3}
+    nothing = {"base_tokens": 7, "base_tokens_if_apart": 7, "saved_share": 0.0}
+    edit_summary(run, shared_prefill={"sums": saved, "words": nothing})
+    comparison = compare([run])
+    for text in (markdown(comparison), html(comparison, [])):
+        assert "the base ran 1,200 prompt tokens in place of 3,600 (67% saved)" in text
+        assert "words" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"results": [{"task": "sums"}]}, r"summary\.json: results\[0\]: decoder, label, prefill"),
+        ({"tasks": {}}, r"summary\.json: tasks: sums missing"),
+        ({"tasks": {"sums": {}}}, r"summary\.json: tasks\[sums\]: settings, notes missing"),
+    ],
+)
+def test_a_summary_that_lacks_something_is_told(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    run = write_run(tmp_path, [(row("base", "base--self", boundary=None), "1")])
+    with pytest.raises(EvaluationError, match=message):
+        compare([edit_summary(run, **changes)])
+
+
+def test_damaged_files_are_told(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [(row("base", "base--self", boundary=None), "11")])
+    items = run / "items" / "sums" / "base--self.jsonl"
+    items.write_text(items.read_text().splitlines()[0] + "\n{}\n")
+    with pytest.raises(EvaluationError, match=r"base--self\.jsonl:2: item_id, .* missing"):
+        compare([run])
+    (run / "summary.json").write_text("{")
+    with pytest.raises(EvaluationError, match=r"summary\.json: not JSON"):
+        compare([run])

@@ -62,7 +62,7 @@ def judge(task: CodeTask, outputs: list[str], item: int = 0) -> list[tuple[bool,
     """(correct, extracted, detail) of several answers to one item."""
     calls: list[None] = []
     items = [task.items()[item]] * len(outputs)
-    verdicts = task.judge(items, outputs, lambda: calls.append(None))
+    verdicts = task.judge(items, outputs, lambda *_: calls.append(None))
     assert len(calls) == len(outputs)
     return [(v.correct, v.extracted, v.detail) for v in verdicts]
 
@@ -92,6 +92,24 @@ def test_prompts_are_those_of_evalplus(data: Path, sandbox: Sandbox) -> None:
         assert f"<user>{item.messages[0]['content']}<assistant>{item.response_prefix}" == theirs
         assert "\n```\n" in item.stop
         assert (item.item_id, item.max_new_tokens) == (problem["task_id"], longest)
+
+
+def test_plain_prompts_are_gone_on_with_as_by_evalplus(data: Path, sandbox: Sandbox) -> None:
+    from evalplus.provider.utility import EOS, extra_eos_for_direct_completion
+
+    tasks = [kind(data, sandbox=sandbox, completion=True) for kind in BOTH]
+    assert tasks[0].items() == tasks[1].items()
+    for task in tasks:
+        item = task.items()[0]
+        (message,) = item.messages
+        assert message["content"] == str(TRIPLE["prompt"]).strip() + "\n"
+        assert item.response_prefix == ""
+        assert list(item.stop) == [*EOS, *extra_eos_for_direct_completion("humaneval")]
+        assert task.settings["prompt_style"] == "evalplus direct completion"
+        assert "instruction" not in task.settings
+        right, wrong = judge(task, ["    return prod([3, n])\n", "    return n\n"])
+        assert (right[0], wrong[0]) == (True, False)
+        assert right[1].startswith("from math import prod\n")  # the program holds its prompt
 
 
 def test_instructions_are_in_the_source_of_evalplus() -> None:
@@ -275,7 +293,7 @@ def test_an_item_of_other_data(data: Path, sandbox: Sandbox, tmp_path: Path) -> 
     other = HumanEvalTask(write(tmp_path / "other.jsonl", [TRIPLE]), sandbox=sandbox)
     items = HumanEvalTask(data, sandbox=sandbox).items()
     with pytest.raises(EvaluationError, match="has no problem MadeUp/1"):
-        other.judge(items, [RIGHT, RIGHT], lambda: None)
+        other.judge(items, [RIGHT, RIGHT], lambda *_: None)
 
 
 @pytest.mark.parametrize("number", [0, 31, 53])

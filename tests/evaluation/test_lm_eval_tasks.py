@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 from pathlib import Path
 
 import lm_eval
 import pytest
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 from tests.data.helpers import write_jsonl
 
@@ -62,7 +64,7 @@ def gsm_plus(data_dir: Path) -> LmEvalTask:
 def judge(task: LmEvalTask, index: int, *outputs: str) -> list[Verdict]:
     item = task.items()[index]
     calls: list[int] = []
-    verdicts = task.judge([item] * len(outputs), outputs, lambda: calls.append(1))
+    verdicts = task.judge([item] * len(outputs), outputs, lambda *_: calls.append(1))
     assert len(calls) == len(outputs)
     return verdicts
 
@@ -121,7 +123,7 @@ def test_wrong_answers(gsm8k: LmEvalTask, gold: str, output: str, extracted: str
 
 def test_verdicts_come_in_the_order_of_the_items(gsm8k: LmEvalTask) -> None:
     items = gsm8k.items()
-    verdicts = gsm8k.judge(items[::-1], ["4.5", "0", "-3", "18"], lambda: None)
+    verdicts = gsm8k.judge(items[::-1], ["4.5", "0", "-3", "18"], lambda *_: None)
     assert [v.correct for v in verdicts] == [True, False, True, True]
 
 
@@ -182,6 +184,48 @@ def test_task_files_are_those_of_the_harness(ours: str, theirs: str) -> None:
     assert here["generation_kwargs"].pop("max_gen_toks") == 512
     assert here["generation_kwargs"] == there["generation_kwargs"]
     assert here["metadata"]["version"] == there["metadata"]["version"]
+    assert here["metadata"]["fewshot"]["shots"] == there["num_fewshot"]
+    same_split = there["fewshot_split"] == there["test_split"]
+    assert here["metadata"]["fewshot"]["split"] == ("test" if same_split else "train")
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "gsm_plus"])
+def test_plain_text_is_what_lm_eval_asks_by_default(tmp_path: Path, name: str) -> None:
+    def row(number: int) -> dict[str, str]:
+        answer = f"It is.\n#### {number}"
+        more = {"solution": answer, "perturbation_type": "none"}
+        return {"question": f"What is {number}?", "answer": answer, **more}
+
+    config = load_yaml(task_folder() / f"{name}_local.yaml")
+    fewshot = config["metadata"]["fewshot"]
+    write_jsonl(tmp_path / config["metadata"]["data_file"], [row(n) for n in range(8)])
+    write_jsonl(tmp_path / "gsm8k" / "train.jsonl", [row(n) for n in range(50, 60)])
+    task = LmEvalTask.from_file(name, tmp_path, completion=True)
+    asked = [item.messages[0]["content"] for item in task.items()]
+    assert asked == [item.messages[0]["content"] for item in task.items()], "drawn anew"
+
+    config["metadata"] |= {"data_dir": str(tmp_path), "train_file": fewshot.get("file")}
+    config |= {"num_fewshot": 5, "fewshot_split": fewshot["split"]}
+    theirs = ConfigurableTask(config=config)
+    seed = inspect.signature(lm_eval.simple_evaluate).parameters["fewshot_random_seed"].default
+    theirs.set_fewshot_seed(seed)
+    theirs.build_all_requests()
+    assert asked == [request.args[0] for request in theirs.instances]
+    assert [text.count("Answer: It is.") for text in asked] == [5] * 8
+    assert all(len(item.messages) == 1 for item in task.items())
+    assert task.settings["shots"] == 5
+    file = "gsm8k/train.jsonl" if name == "gsm8k" else config["metadata"]["data_file"]
+    assert task.settings["examples"] == {
+        "file": file,
+        "seed": 1234,
+        "sha256": hashlib.sha256((tmp_path / file).read_bytes()).hexdigest(),
+    }
+    assert "Plain text" in task.notes[0]
+
+
+def test_plain_text_needs_the_file_of_examples(data_dir: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"gsm8k/train\.jsonl is not there"):
+        LmEvalTask.from_file("gsm8k", data_dir, completion=True)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +261,7 @@ def test_real_data(shared_data: Path, name: str, count: int, unreachable: int) -
     assert len({item.item_id for item in items}) == count
     column = "answer" if name == "gsm8k" else "solution"
     answers = [item.reference["doc"][column] for item in items]
-    verdicts = task.judge(items, answers, lambda: None)
+    verdicts = task.judge(items, answers, lambda *_: None)
     assert sum(not v.correct for v in verdicts) == unreachable
-    wrong = task.judge(items, [answer + "1" for answer in answers], lambda: None)
+    wrong = task.judge(items, [answer + "1" for answer in answers], lambda *_: None)
     assert not any(v.correct for v in wrong)

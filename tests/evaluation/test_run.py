@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.data.helpers import write_jsonl
+from tests.evaluation.vowels import LIMITS, Vowels
 from tests.training import tiny
 
 from prefillshare_train.core.contract import ContractError
@@ -33,44 +34,6 @@ data: {{train: {{source: {rows}}}, eval_fraction: 0.3}}
 training: {{output_dir: replaced, max_steps: 3, learning_rate: 0.02, report_to: none,
            per_device_train_batch_size: 4, use_cpu: true, disable_tqdm: true}}
 """
-STOP = "7"  # said now and then by the lively models below
-LIMITS = Limits(batch_size=3, prefill_tokens=60)
-
-
-class Vowels:
-    """A benchmark whose answers are right where they hold an even number of vowels."""
-
-    name = "vowels"
-    notes = ("Made up.",)
-
-    def __init__(self, count: int = 7, stop: str = STOP, **settings: Any) -> None:
-        self.settings = {"version": 1, **settings}
-        self.stop = stop
-        self.count = count
-        self.judged: list[str] = []
-
-    def items(self) -> list[EvalItem]:
-        return [
-            EvalItem(
-                f"v/{n}",
-                ({"role": "user", "content": "Say " + "so " * n + "on"},),
-                response_prefix="Well" if n % 2 else "",
-                stop=(self.stop,),
-                max_new_tokens=4 + n,
-            )
-            for n in range(self.count)
-        ]
-
-    def judge(
-        self, items: Sequence[EvalItem], outputs: Sequence[str], judged: Callable[[], None]
-    ) -> list[Verdict]:
-        self.judged += [item.item_id for item in items]
-        verdicts = []
-        for output in outputs:
-            count = sum(letter in "aeiou" for letter in output)
-            verdicts.append(Verdict(count % 2 == 0, str(count)))
-            judged()
-        return verdicts
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +203,7 @@ def test_a_killed_run_goes_on_and_answers_nothing_twice(
     plain = RunFolder.add_outputs
 
     def dies(self: RunFolder, task: str, records: Any) -> None:
-        if len(written) == 2:
+        if len(written) == 5:  # the first holds what other tasks have answered
             raise KeyboardInterrupt
         written.append(1)
         plain(self, task, records)
@@ -250,7 +213,7 @@ def test_a_killed_run_goes_on_and_answers_nothing_twice(
         evaluate(loaded, variants, [Vowels()], out, LIMITS)
     monkeypatch.setattr(RunFolder, "add_outputs", plain)
     before = outputs(out)
-    assert 0 < len(before) < 21
+    assert len(before) == 4, "an answer is kept as it ends"
     with (out / "outputs" / "vowels.jsonl").open("a") as file:
         file.write('{"variant": "ours--last_to')  # what a kill in the middle of a write leaves
     evaluate(loaded, variants, [Vowels()], out, LIMITS)
@@ -266,6 +229,17 @@ def test_a_killed_run_goes_on_and_answers_nothing_twice(
     monkeypatch.setattr(answering, "generate", None)
     evaluate(loaded, variants, [task], out, LIMITS)
     assert task.judged == [], "an item was judged twice"
+
+
+def test_two_evaluations_do_not_write_one_folder(folder: Path, tmp_path: Path) -> None:
+    loaded = contestants(folder, "ours")
+    variants = variants_of(loaded.decoders, None, [])
+    with (
+        RunFolder(tmp_path).locked(),
+        pytest.raises(EvaluationError, match="another evaluation is writing there"),
+    ):
+        evaluate(loaded, variants, [Vowels()], tmp_path, LIMITS)
+    evaluate(loaded, variants, [Vowels()], tmp_path, LIMITS)
 
 
 def test_more_items_and_decoders_are_added_to_what_is_there(folder: Path, tmp_path: Path) -> None:

@@ -27,8 +27,9 @@ class Answered:
         output: text up to the first stop string, special tokens left out.
         tokens: response tokens generated, the stop token included.
         base_tokens: prompt tokens that the base ran for this variant.
-        seconds: wall time of this variant's generation, its share of the group's.
-        prefill_seconds: the same of the base's prefill, which all variants of a prompt share.
+        seconds: wall time of this variant's generation since the answer before; only their sum says
+            something, as several are made at once.
+        prefill_seconds: its share of the group's prefill, which all variants of a prompt share.
         prefill_id: of that prefill; answers of two sittings do not share one.
     """
 
@@ -45,22 +46,22 @@ class Answered:
 def answer(
     contestants: Contestants,
     wanted: Sequence[tuple[Prompt, Sequence[Variant]]],
+    keep: Callable[[Answered], None],
     *,
     batch_size: int,
     prefill_tokens: int,
-    progress: Callable[[], None] = lambda: None,
-) -> Iterator[list[Answered]]:
+) -> None:
     """Greedy answers, a group of prompts of similar length at a time.
 
     Args:
         wanted: prompts, each with the variants that still have to answer it.
+        keep: given each answer as it ends, so that a run that is killed has it.
         batch_size: answers that decode at once.
         prefill_tokens: prompt tokens of a group, so that its K/V fit into memory.
-        progress: called once an answer.
     """
     ordered = sorted(wanted, key=lambda pair: len(pair[0].ids))
     for group in _groups(ordered, prefill_tokens, batch_size):
-        yield from _answer_group(contestants, group, batch_size, progress)
+        _answer_group(contestants, group, keep, batch_size)
 
 
 def _groups(
@@ -83,9 +84,9 @@ def _groups(
 def _answer_group(
     contestants: Contestants,
     group: Sequence[tuple[Prompt, Sequence[Variant]]],
+    keep: Callable[[Answered], None],
     batch_size: int,
-    progress: Callable[[], None],
-) -> Iterator[list[Answered]]:
+) -> None:
     prompts = [prompt for prompt, _ in group]
     cuts = [
         {v: v.base_length(len(p.ids), p.header_length) for v in variants} for p, variants in group
@@ -96,43 +97,62 @@ def _answer_group(
     )
     prefill_seconds = (time.perf_counter() - start) / len(group)
     prefill_id = uuid.uuid4().hex
-    variants = dict.fromkeys(v for _, found in group for v in found)
-    for variant in variants:
+    for variant in dict.fromkeys(v for _, found in group for v in found):
         rows = [i for i, (_, found) in enumerate(group) if variant in found]
-        chosen = [prompts[i] for i in rows]
         lengths = [cuts[i][variant] for i in rows]
+        chosen = [prompts[i] for i in rows]
+        about_prefill = prefill_seconds, prefill_id
         start = time.perf_counter()
         with contestants.running(variant.decoder) as decoder:
-            own = _cache_for(contestants.prefill, cache, rows, lengths)
-            stopper = Stopper(contestants.renderer, chosen)
-            responses = generate(
+            generate(
                 decoder,
-                own,
+                _cache_for(contestants.prefill, cache, rows, lengths),
                 [p.ids for p in chosen],
                 max_new_tokens=max(p.item.max_new_tokens for p in chosen),
                 stop_ids=contestants.renderer.end_token_ids,
-                should_stop=stopper,
+                should_stop=Stopper(contestants.renderer, chosen),
+                on_response=_Keeper(
+                    contestants.renderer, variant, chosen, lengths, about_prefill, start, keep
+                ),
                 batch_size=batch_size,
             )
-        seconds = (time.perf_counter() - start) / len(rows)
-        answers = []
-        for row, (prompt, ids) in enumerate(zip(chosen, responses, strict=True)):
-            text = contestants.renderer.decode(ids, skip_special_tokens=True)
-            text = cut_at(text, prompt.item.stop)
-            answers.append(
-                Answered(
-                    variant,
-                    prompt,
-                    text,
-                    len(ids),
-                    lengths[row],
-                    seconds,
-                    prefill_seconds,
-                    prefill_id,
-                )
-            )
-            progress()
-        yield answers
+
+
+class _Keeper:
+    """Passes each response on as it ends; its seconds are those since the one before."""
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        variant: Variant,
+        prompts: Sequence[Prompt],
+        base_tokens: Sequence[int],
+        about_prefill: tuple[float, str],
+        start: float,
+        keep: Callable[[Answered], None],
+    ) -> None:
+        self._renderer = renderer
+        self._variant = variant
+        self._prompts = prompts
+        self._base_tokens = base_tokens
+        self._about_prefill = about_prefill
+        self._keep = keep
+        self._last = start
+
+    def __call__(self, row: int, ids: list[int]) -> None:
+        prompt = self._prompts[row]
+        text = self._renderer.decode(ids, skip_special_tokens=True)
+        answered = Answered(
+            self._variant,
+            prompt,
+            cut_at(text, prompt.item.stop),
+            len(ids),
+            self._base_tokens[row],
+            time.perf_counter() - self._last,
+            *self._about_prefill,
+        )
+        self._keep(answered)
+        self._last = time.perf_counter()  # keeping an answer is no part of making the next
 
 
 def _cache_for(

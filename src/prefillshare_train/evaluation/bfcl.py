@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,7 +20,8 @@ from prefillshare_train.evaluation.bfcl_scoring import (
     prepare,
     score,
 )
-from prefillshare_train.evaluation.task import EvalItem, EvaluationError, Verdict
+from prefillshare_train.evaluation.records import write_text
+from prefillshare_train.evaluation.task import EvalItem, EvaluationError, Judged, Verdict
 
 Category = Literal["simple_python", "multiple"]
 Style = Literal["chat_template", "prompting"]
@@ -116,9 +117,11 @@ class BfclTask:
         return list(self._items)
 
     def judge(
-        self, items: Sequence[EvalItem], outputs: Sequence[str], judged: Callable[[], None]
+        self, items: Sequence[EvalItem], outputs: Sequence[str], judged: Judged
     ) -> list[Verdict]:
         """BFCL's verdicts, of which `valid` alone decides; `extracted` holds the calls as JSON.
+
+        All are known at once: one run of the checker takes every answer.
 
         Raises:
             EvaluationError: BFCL's checker does not run.
@@ -136,8 +139,8 @@ class BfclTask:
         found = score(self._environment, self._category, asked)
         for place, line in zip(places, found, strict=True):
             verdicts[place] = Verdict(line["valid"], line["calls"], line["error"])
-        for _ in items:
-            judged()
+        for item, verdict in zip(items, verdicts, strict=True):
+            judged(item, verdict)
         return verdicts
 
     def write_results(
@@ -171,7 +174,7 @@ class BfclTask:
             json.dumps({"id": item.item_id, "result": self._official(output)}) + "\n"
             for item, output in zip(items, outputs, strict=True)
         ]
-        file.write_text("".join(lines), encoding="utf-8")
+        write_text(file, "".join(lines))
         return file
 
     def _answer(self, output: str) -> dict[str, str] | None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,7 +16,7 @@ from typing import Any
 
 from prefillshare_train.evaluation.jail import Limits, Outcome
 from prefillshare_train.evaluation.sandbox import Sandbox
-from prefillshare_train.evaluation.task import EvalItem, EvaluationError, Verdict
+from prefillshare_train.evaluation.task import EvalItem, EvaluationError, Judged, Verdict
 
 # As evalplus 0.3.1 has them inside of `evalplus.codegen.run_codegen`.
 INSTRUCTION = (
@@ -27,6 +27,7 @@ RESPONSE = (
     "Below is a Python script with a self-contained function that solves the problem and passes "
     "corresponding tests:"
 )
+FENCE = "\n```\n"
 # evalplus's `sanitize` parses every range of lines: 512 tokens of very short lines take it 20 s.
 EXTRACTION_SECONDS = 120.0
 START_SECONDS = 20.0
@@ -113,29 +114,38 @@ class CodeTask(ABC):
         *,
         workers: int,
         max_new_tokens: int,
+        completion: bool,
     ) -> None:
         if workers < 1:
             raise EvaluationError(f"workers is {workers}, at least 1 is needed")
         # The list of evalplus's decoders, which they append to: a copy.
-        from evalplus.provider.utility import EOS
+        from evalplus.provider.utility import EOS, extra_eos_for_direct_completion
 
         self._data = data
         self._sandbox = sandbox
         self._workers = workers
         self._max_new_tokens = max_new_tokens
-        self._stop = tuple(dict.fromkeys([*EOS, "\n```\n"]))
+        self._completion = completion
+        more = extra_eos_for_direct_completion("humaneval") if completion else [FENCE]
+        self._stop = tuple(dict.fromkeys([*EOS, *more]))
+        form = {"prompt_style": "evalplus direct completion"}
+        if not completion:
+            form = {
+                "prompt_style": "evalplus chat",
+                "instruction": INSTRUCTION,
+                "response_prefix": RESPONSE,
+            }
         self.settings: dict[str, Any] = {
             **settings,
             "data": data.path.name,
             "data_sha256": data.digest,
             "problems": len(data.problems),
             "shots": 0,
-            "prompt_style": "evalplus chat",
-            "instruction": INSTRUCTION,
-            "response_prefix": RESPONSE,
+            **form,
             "stop": list(self._stop),
             "max_new_tokens": max_new_tokens,
             "extraction": f"evalplus.sanitize {metadata.version('evalplus')}",
+            "workers": workers,
             "sandbox": sandbox.describe(),
         }
 
@@ -144,7 +154,7 @@ class CodeTask(ABC):
         return [self._item(task_id, p.values) for task_id, p in self._data.problems.items()]
 
     def judge(
-        self, items: Sequence[EvalItem], outputs: Sequence[str], judged: Callable[[], None]
+        self, items: Sequence[EvalItem], outputs: Sequence[str], judged: Judged
     ) -> list[Verdict]:
         """Runs each answer in a sandbox of its own, `workers` at a time.
 
@@ -153,14 +163,13 @@ class CodeTask(ABC):
         """
         problems = [self._problem(item) for item in items]
         with ThreadPoolExecutor(self._workers) as pool:
-            futures = [
-                pool.submit(self._check, problem, output)
-                for problem, output in zip(problems, outputs, strict=True)
-            ]
+            futures = {
+                pool.submit(self._check, problem, self._start(problem.values) + output): item
+                for item, problem, output in zip(items, problems, outputs, strict=True)
+            }
             try:
                 for future in as_completed(futures):
-                    future.result()
-                    judged()
+                    judged(futures[future], future.result())
             finally:
                 pool.shutdown(cancel_futures=True)
         return [future.result() for future in futures]
@@ -176,12 +185,16 @@ class CodeTask(ABC):
             )
         return self._data.problems[item.item_id]
 
+    def _start(self, values: dict[str, Any]) -> str:
+        """What of a prompt is the beginning of the program that is judged."""
+        return f"{values['prompt'].strip()}\n" if self._completion else ""
+
     def _item(self, task_id: str, values: dict[str, Any]) -> EvalItem:
         request = f"{INSTRUCTION}\n```\n{values['prompt'].strip()}\n```\n"
         return EvalItem(
             item_id=task_id,
-            messages=({"role": "user", "content": request},),
-            response_prefix=f"{RESPONSE}\n```python\n",
+            messages=({"role": "user", "content": self._start(values) or request},),
+            response_prefix="" if self._completion else f"{RESPONSE}\n```python\n",
             stop=self._stop,
             max_new_tokens=self._max_new_tokens,
             reference={"entry_point": values["entry_point"]},
@@ -223,12 +236,14 @@ def read_verdict(outcome: Outcome) -> Verdict:
 
 
 def _said(lines: Sequence[str], name: str) -> list[str]:
-    """Values of the lines that are JSON objects of the one key `name`."""
+    """Values of the lines that are JSON objects of the one key `name`, as text that UTF-8 holds."""
     found = []
     for line in lines:
         if line.startswith(f'{{"{name}": '):
             try:
-                found.append(str(json.loads(line)[name]))
+                value = str(json.loads(line)[name])
             except ValueError:
                 continue
+            # A program may name half of a surrogate pair in its error, which no file can hold.
+            found.append(value.encode("utf-8", "backslashreplace").decode("utf-8"))
     return found

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefillshare_train.evaluation.records import Record, read_json_lines
+from prefillshare_train.evaluation.records import Record, read_json, read_json_lines, require
 from prefillshare_train.evaluation.statistics import Paired, mcnemar
-from prefillshare_train.evaluation.task import EvaluationError
+from prefillshare_train.evaluation.task import MACHINE_SETTINGS, EvaluationError
 
 _TOLD = 100
+_ROW_KEYS = (
+    "task decoder label prefill boundary sharing_ratio variant n score ci95 contract_mismatch"
+).split()
+# Settings that belong to a whole row of the table: rows of one name that differ in them are two.
+_ROW_SETTINGS = ("base_fingerprint", "style")
 LABELS = ("base", "Full-FT", "naive", "PrefillShare")
 
 
@@ -22,11 +27,15 @@ class Result:
 
     Attributes:
         settings: what shaped the answers beside the request: the task's settings and the base's.
+        base: hub id or folder of the base; its fingerprint where the summary does not tell.
+        told_apart: what its name says beyond the decoder, since others of that name have another.
     """
 
     row: Record
     settings: Record
     verdicts: dict[tuple[str, str], bool]
+    base: str
+    told_apart: tuple[str, ...] = ()
 
     @property
     def task(self) -> str:
@@ -42,7 +51,10 @@ class Result:
             label = f"{label} at ratio {ratio:g}"
         elif label == "PrefillShare" and self.row["prefill"] == "self":
             label = f"{label} without the base's cache"
-        return label if self.row["label"] == "base" else f"{label} ({self.row['decoder']})"
+        decoder = str(self.row["decoder"])
+        named = () if self.row["label"] == decoder == "base" else (decoder,)
+        words = ", ".join((*named, *self.told_apart))
+        return f"{label} ({words})" if words else label
 
 
 @dataclass(frozen=True)
@@ -53,11 +65,13 @@ class Comparison:
         results: in the table's order.
         paired: for each pair compared, its task, both names and the test.
         notes: what a reader must know.
+        savings: what one prefill for all decoders saved, a sentence a run and task.
     """
 
     results: list[Result]
     paired: list[tuple[str, str, str, Paired]]
     notes: list[str]
+    savings: list[str]
 
     @property
     def tasks(self) -> list[str]:
@@ -81,42 +95,92 @@ def compare(runs: Sequence[Path]) -> Comparison:
     the same task that answered the same prompts: PrefillShare against Full-FT, naive and base, and
     Full-FT against base.
 
+    Results of one name over two bases, or in two of BFCL's styles, get base or style into their
+    names.
+
     Raises:
-        EvaluationError: a folder is not a finished evaluation, or two results have one name in one
-            task.
+        EvaluationError: a folder is not a finished evaluation or is damaged, or two results have
+            one name in one task.
     """
-    results: list[Result] = []
+    found: list[tuple[Path, Result]] = []
     notes: dict[str, None] = {}
+    savings: dict[str, None] = {}
     for run in runs:
-        path = run / "summary.json"
-        if not path.is_file():
-            raise EvaluationError(f"{run} has no summary.json: it is not a finished evaluation")
-        summary: dict[str, Any] = json.loads(path.read_text())
-        if not summary.get("complete", True):  # earlier versions did not say
-            raise EvaluationError(
-                f"{path}: its last start did not finish every task. Repeat its command"
-            )
-        for row in summary["results"]:
-            settings = {**summary["tasks"][row["task"]]["settings"], **summary["run"]}
-            settings.pop("sandbox", None)  # the machine's, and no matter for a verdict
-            result = Result(row, settings, _verdicts(run, row))
-            same = [r for r in results if (r.name, r.task) == (result.name, result.task)]
-            if same and same[0].verdicts != result.verdicts:
-                raise EvaluationError(
-                    f"{run}: {result.name} has another {result.task} result in another run; "
-                    "evaluate it under another name (--decoder name=DIR)"
-                )
-            if not same:
-                results.append(result)
-            if row["contract_mismatch"]:
-                notes[f"{result.name}: its contract does not fit. {row['contract_mismatch']}"] = (
-                    None
-                )
+        summary = _summary(run)
+        found += [(run, result) for result in _results(run, summary)]
         for name, task in summary["tasks"].items():
             notes |= {f"{name}: {note}": None for note in task["notes"]}
-    results.sort(key=lambda r: (LABELS.index(r.row["label"]), r.row["decoder"]))
+        savings |= dict.fromkeys(savings_of(summary))
+    told = _told_apart([result for _, result in found])
+    results: list[Result] = []
+    for (run, _), result in zip(found, told, strict=True):
+        same = [r for r in results if (r.name, r.task) == (result.name, result.task)]
+        if same and same[0].verdicts != result.verdicts:
+            raise EvaluationError(
+                f"{run}: {result.name} has another {result.task} result in another run; "
+                "evaluate it under another name (--decoder name=DIR, or name=base)"
+            )
+        if not same:
+            results.append(result)
+    for result in results:
+        if mismatch := result.row["contract_mismatch"]:
+            notes[f"{result.name}: its contract does not fit. {mismatch}"] = None
+    results.sort(key=lambda r: (LABELS.index(r.row["label"]), r.row["decoder"], r.told_apart))
     notes |= dict.fromkeys(_differences(results))
-    return Comparison(results, _paired(results), list(notes))
+    return Comparison(results, _paired(results), list(notes), list(savings))
+
+
+def savings_of(summary: Record) -> list[str]:
+    """What one prefill for all decoders saved, a sentence a task where it saved anything."""
+    return [
+        f"{task}: one prefill for all decoders, so that the base ran {saved['base_tokens']:,} "
+        f"prompt tokens in place of {saved['base_tokens_if_apart']:,} "
+        f"({saved['saved_share']:.0%} saved)."
+        for task, saved in summary.get("shared_prefill", {}).items()
+        if saved["base_tokens"] < saved["base_tokens_if_apart"]
+    ]
+
+
+def _summary(run: Path) -> Record:
+    path = run / "summary.json"
+    if not path.is_file():
+        raise EvaluationError(f"{run} has no summary.json: it is not a finished evaluation")
+    summary = read_json(path, ("results", "tasks", "run"))
+    if not summary.get("complete", True):  # earlier versions did not say
+        raise EvaluationError(
+            f"{path}: its last start did not finish every task. Repeat its command"
+        )
+    for number, row in enumerate(summary["results"]):
+        where = f"{path}: results[{number}]"
+        task = require(where, row, _ROW_KEYS)["task"]
+        require(f"{path}: tasks", summary["tasks"], (task,))
+        require(f"{path}: tasks[{task}]", summary["tasks"][task], ("settings", "notes"))
+    return summary
+
+
+def _results(run: Path, summary: Record) -> list[Result]:
+    base = summary.get("base", {}).get("id")  # earlier versions did not say
+    found = []
+    for row in summary["results"]:
+        settings = {**summary["tasks"][row["task"]]["settings"], **summary["run"]}
+        for key in MACHINE_SETTINGS:
+            settings.pop(key, None)
+        named = base or str(settings.get("base_fingerprint"))
+        found.append(Result(row, settings, _verdicts(run, row), named))
+    return found
+
+
+def _told_apart(results: Sequence[Result]) -> list[Result]:
+    """The same results, told apart where those of one name differ in what makes a row."""
+    found = []
+    for result in results:
+        words = []
+        for key in _ROW_SETTINGS:
+            named = [r for r in results if r.name == result.name and key in r.settings]
+            if key in result.settings and len({r.settings[key] for r in named}) > 1:
+                words.append(result.base if key == "base_fingerprint" else result.settings[key])
+        found.append(dataclasses.replace(result, told_apart=tuple(words)))
+    return found
 
 
 def _verdicts(run: Path, row: Record) -> dict[tuple[str, str], bool]:
@@ -124,7 +188,7 @@ def _verdicts(run: Path, row: Record) -> dict[tuple[str, str], bool]:
     if not path.is_file():
         raise EvaluationError(f"{path} is missing: its verdicts are needed for paired tests")
     # Beyond the row's are items of an earlier start with a higher --limit.
-    records = read_json_lines(path)[: row["n"]]
+    records = read_json_lines(path, ("item_id", "request_sha256", "correct"))[: row["n"]]
     return {(r["item_id"], r["request_sha256"]): bool(r["correct"]) for r in records}
 
 

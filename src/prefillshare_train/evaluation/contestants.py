@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from prefillshare_train.core.boundary import BoundaryRule
 from prefillshare_train.core.contract import Contract, ContractError
@@ -25,26 +26,26 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """A decoder as the user names it: `base`, a folder, or `name=folder`."""
+    """A decoder as the user names it: `base`, a folder, `name=base` or `name=folder`."""
 
     name: str
     folder: Path | None
 
     @classmethod
     def parse(cls, text: str) -> DecoderSpec:
-        """Read `base`, `folder` or `name=folder`.
+        """Read `base`, `folder`, `name=base` or `name=folder`; a folder `base` is `./base`.
 
         Raises:
             EvaluationError: there is no such folder.
         """
-        if text == BASE:
-            return cls(BASE, None)
         name, _, path = text.rpartition("=")
+        if path == BASE:
+            return cls(name or BASE, None)
         folder = Path(path)
         if not folder.is_dir():
             raise EvaluationError(
                 f"--decoder {text}: there is no folder {folder}. Give `base`, a decoder's folder, "
-                "or name=folder"
+                "name=base or name=folder"
             )
         # `runs/math/decoder` is called math: every finished run's folder ends in `decoder`.
         place = folder.resolve()
@@ -60,7 +61,7 @@ class Decoder:
         method: `base`, or the contract's method.
         rule: who runs which prompt token.
         identity: SHA-256 of its weight files; the base's fingerprint for `base`.
-        mismatch: what in its contract does not fit; empty where all does.
+        mismatch: what in its contract does not fit, the K/V dtype too; empty where all does.
         contract: the contract as JSON values; empty for `base`.
     """
 
@@ -79,14 +80,21 @@ class Contestants:
     Args:
         base: hub id or folder of the base.
         specs: the decoders.
+        revision: of the base; where None, the one that the contracts name for `base`.
         chat_template: template file or packaged name, for evaluating the base alone.
-        dtype: of base and decoders; where None the decoders' K/V dtype, bfloat16 for a base alone.
+        dtype: of base and decoders; a decoder trained on K/V of another has that in its `mismatch`.
+            Where None, the decoders' K/V dtype, `default_dtype()` for a base alone.
         allow_mismatch: evaluate decoders whose contract names another base or prompt form; the
             difference is kept in `Decoder.mismatch`.
 
+    Attributes:
+        base: hub id or folder of the base.
+        revision: as loaded.
+
     Raises:
-        ContractError: a contract does not fit and `allow_mismatch` is False.
-        EvaluationError: two decoders have one name.
+        ContractError: a contract does not fit and `allow_mismatch` is False, or the decoders have
+            several K/V dtypes and no `dtype` is given.
+        EvaluationError: two decoders have one name, or there is no such base.
     """
 
     def __init__(
@@ -106,24 +114,28 @@ class Contestants:
                 f"two decoders are called {min(twice)}; name them: --decoder first=DIR"
             )
         folders = {spec.name: spec.folder for spec in specs if spec.folder is not None}
-        self._loaded = DecoderSet(base, folders, dtype=dtype, revision=revision, device=device)
+        self.base = base
+        self.revision = revision or _common_revision(base, folders.values())
+        self.renderer = renderer_of(base, specs, revision=revision, chat_template=chat_template)
+        prompt = self.renderer.prompt_contract()
+        self._loaded = DecoderSet(base, folders, dtype=dtype, revision=self.revision, device=device)
         self.dtype = self._loaded.dtype
         self.base_fingerprint = self._loaded.base_fingerprint
         self.prefill = PrefillModule(self._loaded.base)
         self.decoders: list[Decoder] = []
         contracts = self._loaded.contracts
         first = next(iter(contracts.values()), None)
-        self.renderer = self._renderer(base, revision, specs, contracts, chat_template)
-        prompt = self.renderer.prompt_contract()
         for spec in specs:
             if spec.folder is None:
                 rule = first.rule if first else BoundaryRule("last_token")
                 self.decoders.append(
-                    Decoder(BASE, BASE, rule, self.base_fingerprint, adapter="none")
+                    Decoder(spec.name, BASE, rule, self.base_fingerprint, adapter="none")
                 )
                 continue
             contract = contracts[spec.name]
-            mismatch = ""
+            mismatches = []
+            if difference := self._loaded.dtype_differences.get(spec.name):
+                mismatches.append(f"this decoder was {difference}")
             try:
                 contract.verify(
                     base_fingerprint=self.base_fingerprint,
@@ -133,7 +145,7 @@ class Contestants:
             except ContractError as error:
                 if not allow_mismatch:
                     raise ContractError(f"{spec.folder}: {error}") from error
-                mismatch = str(error)
+                mismatches.append(str(error))
             self.decoders.append(
                 Decoder(
                     spec.name,
@@ -141,29 +153,10 @@ class Contestants:
                     contract.rule,
                     _identity(spec.folder),
                     contract.adapter,
-                    mismatch,
+                    "; ".join(mismatches),
                     dataclasses.asdict(contract),
                 )
             )
-
-    @staticmethod
-    def _renderer(
-        base: str,
-        revision: str | None,
-        specs: Sequence[DecoderSpec],
-        contracts: dict[str, Contract],
-        chat_template: str | None,
-    ) -> Renderer:
-        """The first decoder's prompts; all others are checked against them."""
-        for spec in specs:
-            if spec.folder is not None:
-                if chat_template is not None:
-                    raise EvaluationError(
-                        "a chat template is given, but decoders carry the one they were trained "
-                        "with; leave it out"
-                    )
-                return saved_renderer(spec.folder, contracts[spec.name].prompt)
-        return base_renderer(base, revision, chat_template)
 
     @contextlib.contextmanager
     def running(self, decoder: Decoder) -> Iterator[nn.Module]:
@@ -183,6 +176,66 @@ class Contestants:
         """Positions that the model was made for (`max_position_embeddings`), None if not told."""
         limit: int | None = getattr(self._loaded.base.config, "max_position_embeddings", None)
         return limit
+
+
+def renderer_of(
+    base: str,
+    specs: Sequence[DecoderSpec],
+    *,
+    revision: str | None = None,
+    chat_template: str | None = None,
+) -> Renderer:
+    """The prompts of an evaluation, without loading any weights.
+
+    They are the first decoder's, and without decoders the base's own. A base that has no chat
+    template completes texts: its prompts are plain (`Renderer.is_plain`).
+
+    Args: as of `Contestants`.
+
+    Raises:
+        ContractError: the decoder's folder has no contract.
+        DataError: there is no such template, or the decoder's tokenizer is not what it was.
+        EvaluationError: there is no such base, or decoders are given a chat template.
+    """
+    folders = [spec.folder for spec in specs if spec.folder is not None]
+    revision = revision or _common_revision(base, folders)
+    _require_base(base, revision)
+    if not folders:
+        try:
+            return base_renderer(base, revision, chat_template, prompt_template="plain")
+        except OSError as error:
+            raise EvaluationError(
+                f"--base {base}: its tokenizer cannot be read ({_first_line(error)}). Restore it"
+            ) from error
+    if chat_template is not None:
+        raise EvaluationError(
+            "a chat template is given, but decoders carry the one they were trained with; leave "
+            "it out"
+        )
+    return saved_renderer(folders[0], Contract.load(folders[0]).prompt)
+
+
+def _common_revision(base: str, folders: Iterable[Path]) -> str | None:
+    """The revision at which decoders were trained over this base, where they agree on it."""
+    contracts = [Contract.load(folder) for folder in folders]
+    found = {contract.base_revision for contract in contracts if contract.base_id == base}
+    return found.pop() if len(found) == 1 else None
+
+
+def _require_base(base: str, revision: str | None) -> None:
+    """Tell a mistyped base before the weights of decoders are read."""
+    try:
+        AutoConfig.from_pretrained(base, revision=revision)
+    except (OSError, ValueError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise EvaluationError(
+            f"--base {base}: there is no model{at} ({_first_line(error)}). Give a folder with a "
+            "config.json, or a hub id"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
 
 
 def _identity(folder: Path) -> str:

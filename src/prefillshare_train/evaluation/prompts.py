@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefillshare_train.data import Renderer
+from prefillshare_train.data import Renderer, tools_left_out
 from prefillshare_train.evaluation.task import EvalItem, EvaluationError
 
 
@@ -43,7 +43,8 @@ def render(
         position_count: positions that the model was made for.
 
     Raises:
-        EvaluationError: two items have one id, or a prompt leaves no room for its answer.
+        EvaluationError: two items have one id, the template does not show an item's tools, or a
+            prompt leaves no room for its answer.
     """
     prompts = []
     seen: set[str] = set()
@@ -54,6 +55,13 @@ def render(
         messages = renderer.with_system_prompt(item.messages)
         bare = renderer.text(messages, item.tools, add_generation_prompt=False)
         text = renderer.text(messages, item.tools, add_generation_prompt=True)
+        if item.tools and (
+            fault := tools_left_out(renderer, item.tools, messages, text, f"item {item.item_id}")
+        ):
+            raise EvaluationError(
+                f"{fault}. Show them by --bfcl-style prompting, or, where no decoder brings its "
+                "template, by --chat-template chatml-tools"
+            )
         text += item.response_prefix
         ids = renderer.encode([text])[0]
         if position_count is not None and len(ids) + item.max_new_tokens > position_count:

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from prefillshare_train.evaluation.answering import Answered, answer
+from prefillshare_train.evaluation.bfcl import BfclTask
 from prefillshare_train.evaluation.contestants import Contestants
 from prefillshare_train.evaluation.prompts import Prompt, render
 from prefillshare_train.evaluation.records import Record, RunFolder
 from prefillshare_train.evaluation.statistics import wilson
-from prefillshare_train.evaluation.summary import Summary
-from prefillshare_train.evaluation.task import EvalItem, EvaluationError, Task
+from prefillshare_train.evaluation.summary import Stopwatch, Summary
+from prefillshare_train.evaluation.task import (
+    MACHINE_SETTINGS,
+    EvalItem,
+    EvaluationError,
+    Task,
+    Verdict,
+)
 from prefillshare_train.evaluation.variants import Variant
+
+_ANSWER_KEYS = (
+    "variant item_id request_sha256 base_tokens output output_tokens seconds prefill_seconds"
+).split()
+_VERDICT_KEYS = ("item_id", "correct", "output_tokens", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +64,8 @@ def evaluate(
         `summary.json` in `out`.
 
     Raises:
-        EvaluationError: data is missing, or `out` holds an evaluation of something else.
+        EvaluationError: data is missing, or `out` holds an evaluation of something else, one that
+            still runs, or a damaged file.
     """
     prompts = {
         task.name: render(
@@ -62,18 +75,31 @@ def evaluate(
     }
     # Only now, so that what was wrong with a task binds no later try.
     folder = RunFolder(out)
+    with folder.locked():
+        return _evaluate(contestants, variants, tasks, prompts, folder, limits)
+
+
+def _evaluate(
+    contestants: Contestants,
+    variants: Sequence[Variant],
+    tasks: Sequence[Task],
+    prompts: Mapping[str, Sequence[Prompt]],
+    folder: RunFolder,
+    limits: Limits,
+) -> Path:
+    stopwatch = Stopwatch(folder.path)
     folder.claim("base", _identity(contestants))
     for variant in variants:
         identity = {"sha256": variant.decoder.identity, "boundary": str(variant.rule)}
         folder.claim(f"variant {variant.key}", identity)
     for task in tasks:
-        folder.claim(f"task {task.name}", task.settings)
+        folder.claim(f"task {task.name}", task.settings, aside=MACHINE_SETTINGS)
         _same_requests(task, prompts[task.name], folder)
-    summary = Summary(out)
+    summary = Summary(folder.path, stopwatch)
     for task in tasks:
         _take_over(variants, task, prompts[task.name], folder, [t.name for t in tasks])
-        _answer(contestants, variants, task, prompts[task.name], folder, limits)
-        rows = _judge(variants, task, prompts[task.name], folder)
+        _answer(contestants, variants, task, prompts[task.name], folder, limits, stopwatch)
+        rows = _judge(variants, task, prompts[task.name], folder, stopwatch)
         counted = {prompt.item.item_id for prompt in prompts[task.name]}
         answers = [r for r in folder.outputs(task.name) if r["item_id"] in counted]
         summary.add(task, rows, answers)
@@ -84,7 +110,7 @@ def evaluate(
 def _same_requests(task: Task, prompts: Sequence[Prompt], folder: RunFolder) -> None:
     """Refuse answers to other requests: a template may give the date, a new version render anew."""
     now = {prompt.item.item_id: prompt.request_sha256 for prompt in prompts}
-    for record in folder.outputs(task.name):
+    for record in folder.outputs(task.name, _ANSWER_KEYS):
         if record["request_sha256"] != now.get(record["item_id"], record["request_sha256"]):
             raise EvaluationError(
                 f"{folder.path}: {task.name} item {record['item_id']} was answered by "
@@ -101,6 +127,7 @@ def _answer(
     prompts: Sequence[Prompt],
     folder: RunFolder,
     limits: Limits,
+    stopwatch: Stopwatch,
 ) -> None:
     done = {(record["variant"], record["item_id"]) for record in folder.outputs(task.name)}
     wanted = [
@@ -111,14 +138,19 @@ def _answer(
     total = len(variants) * len(prompts)
     missing = sum(len(left) for _, left in wanted)
     with tqdm(total=total, initial=total - missing, desc=task.name, unit="answer") as bar:
-        for answers in answer(
+
+        def keep(answered: Answered) -> None:
+            folder.add_outputs(task.name, [_record(answered)])
+            stopwatch.keep()
+            bar.update()
+
+        answer(
             contestants,
             wanted,
+            keep,
             batch_size=limits.batch_size,
             prefill_tokens=limits.prefill_tokens,
-            progress=lambda: _tick(bar),
-        ):
-            folder.add_outputs(task.name, map(_record, answers))
+        )
 
 
 def _take_over(
@@ -149,10 +181,6 @@ def _take_over(
     )
 
 
-def _tick(bar: tqdm[Any]) -> None:
-    bar.update()
-
-
 def _record(answered: Answered) -> Record:
     return {
         "variant": answered.variant.key,
@@ -170,28 +198,46 @@ def _record(answered: Answered) -> Record:
 
 
 def _judge(
-    variants: Sequence[Variant], task: Task, prompts: Sequence[Prompt], folder: RunFolder
+    variants: Sequence[Variant],
+    task: Task,
+    prompts: Sequence[Prompt],
+    folder: RunFolder,
+    stopwatch: Stopwatch,
 ) -> list[Record]:
     """Verdicts on every answer, and a row of the summary for each variant."""
     outputs = {(r["variant"], r["item_id"]): r for r in folder.outputs(task.name)}
+    items = [prompt.item for prompt in prompts]
     rows = []
     with tqdm(total=len(variants) * len(prompts), desc=f"judging {task.name}") as bar:
         for variant in variants:
-            known = folder.verdicts(task.name, variant.key)
-            bar.update(sum(p.item.item_id in known for p in prompts))
-            left: list[EvalItem] = [p.item for p in prompts if p.item.item_id not in known]
+            known = folder.verdicts(task.name, variant.key, _VERDICT_KEYS)
+            bar.update(sum(item.item_id in known for item in items))
+
+            def keep(
+                item: EvalItem,
+                verdict: Verdict,
+                variant: Variant = variant,
+                known: dict[str, Record] = known,
+            ) -> None:
+                record = outputs[variant.key, item.item_id] | dataclasses.asdict(verdict)
+                folder.add_verdicts(task.name, variant.key, [record])
+                known[item.item_id] = record
+                stopwatch.keep()
+                bar.update()
+
+            left = [item for item in items if item.item_id not in known]
+            said = [outputs[variant.key, item.item_id]["output"] for item in left]
             if left:
-                records = [outputs[variant.key, item.item_id] for item in left]
-                verdicts = task.judge(left, [r["output"] for r in records], lambda: _tick(bar))
-                for item, record, verdict in zip(left, records, verdicts, strict=True):
-                    known[item.item_id] = {
-                        **record,
-                        "extracted": verdict.extracted,
-                        "correct": verdict.correct,
-                        "detail": verdict.detail,
-                    }
-                folder.write_verdicts(task.name, variant.key, known.values())
-            rows.append(_row(task, variant, [known[p.item.item_id] for p in prompts]))
+                task.judge(left, said, keep)
+            # Items in order come first, then those of an earlier start with a higher limit.
+            ordered = {key: known[key] for key in [*(i.item_id for i in items), *known]}
+            if list(ordered) != list(known):
+                folder.write_verdicts(task.name, variant.key, ordered.values())
+            judged = [known[item.item_id] for item in items]
+            if isinstance(task, BfclTask):
+                answers = [record["output"] for record in judged]
+                task.write_results(folder.path / "bfcl" / variant.key, items, answers)
+            rows.append(_row(task, variant, judged))
     return rows
 
 
@@ -231,6 +277,7 @@ def _about(contestants: Contestants, limits: Limits) -> Record:
     """What the summary says of the whole run."""
     packages = ("torch", "transformers", "peft", "prefillshare-train")
     return {
+        "base": {"id": contestants.base, "revision": contestants.revision},
         "run": _identity(contestants),
         "decoding": {
             "strategy": "greedy",

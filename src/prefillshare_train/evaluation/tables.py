@@ -22,7 +22,7 @@ Share of items answered right, in per cent, with its 95 % interval (Wilson) and 
 {% endfor %}
 Gained: items that the first got wrong and the second right. p: exact McNemar test.
 {% endif %}
-{%- for note in notes %}
+{%- for note in savings + notes %}
 - {{ note }}
 {%- endfor %}
 """
@@ -52,7 +52,7 @@ img { max-width: 100% }
 {%- endfor %}</tbody></table>
 <p>Gained: items that the first got wrong and the second right. p: exact McNemar test.</p>
 {% endif %}
-<ul>{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>
+<ul>{% for note in savings + notes %}<li>{{ note }}</li>{% endfor %}</ul>
 {% for plot in plots %}<p><img src="{{ plot }}" alt="{{ plot }}"></p>{% endfor %}
 </body></html>
 """
@@ -79,6 +79,7 @@ def _render(template: str, comparison: Comparison, *, autoescape: bool, **more: 
         rows=rows,
         paired=comparison.paired,
         notes=comparison.notes,
+        savings=comparison.savings,
         **more,
     )
 

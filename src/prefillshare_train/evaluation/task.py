@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 from prefillshare_train.data import Message, Tool
 
+MACHINE_SETTINGS = ("sandbox", "workers")
+"""Settings of a task that tell how a machine judged, and are no matter for a verdict."""
+
 
 class EvaluationError(ValueError):
     """An evaluation cannot be run; the message says what was found and what to do."""
@@ -52,6 +55,10 @@ class Verdict:
     detail: str = ""
 
 
+Judged = Callable[[EvalItem, Verdict], None]
+"""Given an item and the verdict on its answer, in the order in which they become known."""
+
+
 class Task(Protocol):
     """A benchmark.
 
@@ -76,9 +83,9 @@ class Task(Protocol):
         ...
 
     def judge(
-        self, items: Sequence[EvalItem], outputs: Sequence[str], judged: Callable[[], None]
+        self, items: Sequence[EvalItem], outputs: Sequence[str], judged: Judged
     ) -> list[Verdict]:
-        """Verdicts on one answer an item, in order; `judged` is called as each is known.
+        """Verdicts on one answer an item, in order; `judged` is given each as it is known.
 
         An answer that cannot be read, crashes or runs too long is wrong, never an exception.
 
