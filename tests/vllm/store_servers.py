@@ -22,7 +22,6 @@ def store_server(
     store: Path,
     *,
     role: str,
-    policy: str = "fail",
     options: dict[str, Any] | None = None,
     **values: Any,
 ) -> InstanceOptions:
@@ -30,7 +29,6 @@ def store_server(
     transfer = {
         "kv_connector": "PrefillShareStoreConnector",
         "kv_role": role,
-        "kv_load_failure_policy": policy,
         "kv_connector_extra_config": {"path": str(store), "budget_gib": 1, **(options or {})},
     }
     return server(model, name, kv_transfer=transfer, **values)

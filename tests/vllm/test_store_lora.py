@@ -180,10 +180,25 @@ def test_a_base_request_after_a_miss_reads_nothing_of_it(pool: Instance, models:
     assert complete(pool, "base", prompt) == models.answer("base", prompt)
 
 
+def test_the_base_beside_adapters_is_the_base(pool: Instance, models: Models) -> None:
+    """All of vLLM's slots are full here: its build for CPU would take the last one's adapter."""
+    prompts = [prompt_of(models, 60 + number, seed=20 + number) for number in range(3)]
+    expected = models.answers("base", prompts, tokens=32)
+    known = prompt_of(models, 97, seed=1)
+    prefill(pool, known)
+    decoding = functools.partial(complete, pool, ADA, known, max_tokens=64)
+    answers = together(
+        [decoding] + [functools.partial(complete, pool, "base", p, max_tokens=32) for p in prompts]
+    )
+    assert answers[1:] == expected
+    for prompt in prompts:
+        assert complete(pool, BOB, prompt) == models.answer(BOB, prompt)
+
+
 def test_an_adapter_without_a_contract_is_not_answered(pool: Instance, models: Models) -> None:
-    prompt = prompt_of(models, 64, seed=1)
-    prefill(pool, prompt)
-    assert_refused(post(pool, "stray", prompt))
+    for prompt in (prompt_of(models, 64, seed=1), prompt_of(models, 1, seed=1)):
+        prefill(pool, prompt)
+        assert_refused(post(pool, "stray", prompt))
 
 
 @pytest.mark.parametrize("values", [{"prompt_logprobs": 1}])

@@ -66,9 +66,8 @@ def pools(models: Models, launch: Launcher, store: Path) -> dict[str, Instance]:
             BOB,
             store,
             role="kv_consumer",
-            policy="recompute",
             cores=core(1),
-            options={"base": str(models.base)},
+            options={"base": str(models.base), "on_miss": "recompute"},
         ),
     )
     return dict(zip(("base", ADA, BOB), started, strict=True))
@@ -117,6 +116,7 @@ def test_a_miss_follows_each_decoders_policy(pools: dict[str, Instance], models:
     prefill(pools["base"], prompt)
     for name in FULL:
         assert complete(pools[name], name, prompt) == models.answer(name, prompt)
+        assert_refused(post(pools[name], name, prompt, prompt_logprobs=1))
 
 
 def test_a_damaged_block_is_never_read(

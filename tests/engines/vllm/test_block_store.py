@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import random
@@ -172,6 +173,41 @@ def test_a_damaged_block_is_a_miss_counted_and_removed(store: BlockStore, damage
     assert len(store.read([key(0), key(1)])) == 2
 
 
+def test_all_damaged_blocks_of_a_prompt_go_at_once(store: BlockStore) -> None:
+    """A power loss leaves many empty files: one more prefill must be enough."""
+    keys = [key(n) for n in range(5)]
+    for number, name in enumerate(keys):
+        store.write(name, block(number))
+    for damaged in (keys[1], keys[3]):
+        store._path(damaged).write_bytes(b"")
+    assert len(store.read(keys)) == 1
+    assert store.counts["corrupt_blocks"] == 2
+    for number, name in enumerate(keys):
+        store.write(name, block(number))
+    assert len(store.read(keys)) == 5
+
+
+def test_a_file_system_that_is_full_below_the_budget_loses_its_oldest_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = BlockStore(tmp_path, "ns", MIB)
+    write = Path.write_bytes
+
+    def on_a_small_disk(path: Path, content: bytes) -> int:
+        if bytes_of(tmp_path) + len(content) > 4 * FILE:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", on_a_small_disk)
+    for number in range(12):
+        assert store.write(key(number), block(number)), number
+        assert len(store.read([key(number)])) == 1
+    assert not store.has(key(0))
+    assert store.counts["evicted_blocks"] >= 8
+    with pytest.raises(OSError, match="No space left"):
+        store.write(key(99), block(99, size=8 * FILE))
+
+
 def test_without_checksums_a_truncated_block_is_found_all_the_same(tmp_path: Path) -> None:
     store = BlockStore(tmp_path, "ns", MIB, checksums=False)
     store.write(key(0), block(0))
@@ -206,6 +242,12 @@ def test_a_prefill_under_way_is_seen_until_it_ends(store: BlockStore) -> None:
     assert store.pending(key(0)), "only its writer may end it"
     other.end(key(0), store.id)
     assert not store.pending(key(0))
+    store.begin(key(0))
+    other.begin(key(0))
+    other.end(key(0))
+    assert other.pending(key(0)), "another writer is still at it"
+    store.end(key(0))
+    assert not store.pending(key(0))
 
 
 def _crash(root: Path, ready: str) -> None:
@@ -234,7 +276,7 @@ def test_a_killed_writer_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not store.pending(key(1))
     again = BlockStore(root, "ns", MIB)
     assert not half.exists()
-    assert list((root / "ns").glob("*.pending")) == []
+    assert list((root / "ns").glob("*.prefills")) == []
     assert len(again.read([key(0)])) == 1
 
 
@@ -245,7 +287,7 @@ def test_what_is_being_written_has_its_writers_name(
     folder = store._folder
     found: list[str] = []
     monkeypatch.setattr(
-        block_store, "_touch", lambda _: found.extend(path.name for path in folder.iterdir())
+        block_store, "touch_file", lambda _: found.extend(path.name for path in folder.iterdir())
     )
     write = Path.write_bytes
 

@@ -218,7 +218,7 @@ def test_the_command_line_and_the_environment_say_all_options() -> None:
     assert "--model /models/base --served-model-name base --host 127.0.0.1 --port 8101" in line
     assert "--dtype float32 --block-size 32 --max-model-len 2048 --max-lora-rank 64" in line
     assert "--no-enable-prefix-caching --enforce-eager" in line
-    assert "--enable-lora --max-loras 3 --lora-modules math=/adapters/math code=/adapters/c" in line
+    assert "--enable-lora --max-loras 2 --lora-modules math=/adapters/math code=/adapters/c" in line
     assert '--kv-transfer-config {"kv_connector": "C", "kv_role": "kv_both"}' in line
     assert line.endswith("--middleware package.Guard --seed 3")
     variables = options.variables()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ import pytest
 import yaml
 from tests.engines.vllm.deployments import full_decoder, lora_decoder
 
+from prefillshare_train.engines.vllm.manifests.autoscaling import ADAPTER_RULE
 from prefillshare_train.engines.vllm.manifests.cluster import Cluster, PoolLaunch
 from prefillshare_train.engines.vllm.manifests.compose import compose_file, service_addresses
 from prefillshare_train.engines.vllm.manifests.kubernetes import (
     kubernetes_objects,
+    kubernetes_text,
     replica_addresses,
 )
 from prefillshare_train.engines.vllm.topology import Topology, read_decoder
@@ -51,6 +55,7 @@ def cluster_of(tmp_path: Path, **values: Any) -> Cluster:
         "store_gib": None,
         "max_replicas": 6,
         "namespace": "prefillshare",
+        "monitoring_namespace": "observed",
     }
     return Cluster(**(settings | values))
 
@@ -95,7 +100,11 @@ def test_compose_leaves_arguments_as_they_are_and_finds_the_side_channel(tmp_pat
     assert "$$(hostname -i)" in services["prefill-0"]["entrypoint"][2]
     assert service_addresses(cluster.launches[0].pool)[3] == "http://prefill-3:8000"
     mounted = {v["target"]: v["source"] for v in services["prefill-0"]["volumes"]}
-    assert mounted == {"/models/base": f"{tmp_path}/base", "/models/code": f"{tmp_path}/code"}
+    assert mounted == {
+        "/models/base": f"{tmp_path}/base",
+        "/models/code": f"{tmp_path}/code",
+        "/var/lib/prefillshare/hub": "hub",
+    }
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
@@ -150,6 +159,80 @@ def test_instances_are_reached_by_their_own_kind_only(tmp_path: Path) -> None:
     (policy,) = of_kind(kubernetes_objects(cluster, {}), "NetworkPolicy").values()
     (selected,) = policy["spec"]["podSelector"]["matchExpressions"]
     assert selected["values"] == [launch.pool.name for launch in cluster.launches]
+    own, monitoring = policy["spec"]["ingress"]
+    pods = of_kind(kubernetes_objects(cluster, {}), "StatefulSet")
+    (peer,) = own["from"]
+    assert all(
+        peer["podSelector"]["matchLabels"].items()
+        <= value["spec"]["template"]["metadata"]["labels"].items()
+        for value in pods.values()
+    )
+    assert monitoring == {
+        "from": [
+            {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "observed"}}}
+        ],
+        "ports": [{"protocol": "TCP", "port": 8000}],
+    }
+
+
+def test_the_adapter_s_rule_gives_the_names_that_the_autoscalers_ask_for(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path)
+    (rule,) = yaml.safe_load(ADAPTER_RULE)
+    (seen,) = re.findall(r'=~"(.*)"', rule["seriesQuery"])
+    named = re.compile(rule["name"]["matches"])
+    given = {
+        named.sub(r"vllm_\1", metric)
+        for metric in ("vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+        if re.search(seen, metric)
+    }
+    assert rule["name"]["as"] == "vllm_${1}"
+    scalers = of_kind(kubernetes_objects(cluster, {}), "HorizontalPodAutoscaler")
+    asked = {value["spec"]["metrics"][0]["pods"]["metric"]["name"] for value in scalers.values()}
+    assert asked == given
+    assert "# - seriesQuery" in kubernetes_text([], cluster).replace("#   -", "# -")
+
+
+@pytest.mark.parametrize("from_hub", [True, False])
+def test_models_from_the_hub_get_a_token_and_a_place(tmp_path: Path, from_hub: bool) -> None:
+    models = {"base": "" if from_hub else "/here/base", "code": "/here/code"}
+    cluster = cluster_of(tmp_path, models=models)
+    objects = kubernetes_objects(cluster, {})
+    owners = [*of_kind(objects, "StatefulSet").values(), *of_kind(objects, "Deployment").values()]
+    for owner in owners:
+        spec = owner["spec"]["template"]["spec"]
+        (container,) = spec["containers"]
+        variables = {one["name"]: one for one in container["env"]}
+        mounts = {one["name"] for one in container["volumeMounts"]}
+        assert mounts == {one["name"] for one in spec["volumes"]}
+        assert ("hub" in mounts) is from_hub
+        assert ("HF_TOKEN" in variables) is from_hub
+        if from_hub:
+            assert variables["HF_TOKEN"]["valueFrom"]["secretKeyRef"]["optional"] is True
+    content = compose_file(cluster)
+    assert ("volumes" in content) is from_hub
+    for service in content["services"].values():
+        assert ("HF_TOKEN" in service["environment"]) is from_hub
+    head = kubernetes_text([], cluster)
+    assert ("base, from" in head) is not from_hub
+    assert "code, from /here/code" in head
+
+
+def test_a_store_that_nobody_shares_is_each_pod_s_own(tmp_path: Path) -> None:
+    shared = cluster_of(tmp_path, store_gib=20)
+    together = Topology(
+        base=str(tmp_path / "base"),
+        decoders=(read_decoder("tools", tmp_path / "tools"),),
+        route="lora",
+        prefill_replicas=2,
+    )
+    launches = tuple(PoolLaunch(pool, ("python3",), {}) for pool in together.pools)
+    for cluster, claimed in ((shared, True), (replace(shared, launches=launches), False)):
+        objects = kubernetes_objects(cluster, {})
+        assert ("prefillshare-store" in of_kind(objects, "PersistentVolumeClaim")) is claimed
+        for pods in of_kind(objects, "StatefulSet").values():
+            volumes = {one["name"]: one for one in pods["spec"]["template"]["spec"]["volumes"]}
+            assert ("persistentVolumeClaim" in volumes["store"]) is claimed
+            assert ("emptyDir" in volumes["store"]) is not claimed
 
 
 def test_only_the_prefill_announces_a_side_channel(tmp_path: Path) -> None:

@@ -58,6 +58,11 @@ def test_the_paper_s_layout_is_valid(paper: Path) -> None:
     services = load(paper, "docker-compose.yaml")["services"]
     assert len(services) == 4 + 4 + 1
     pods = of_kind(objects_of(paper), "StatefulSet")
+    for value in pods.values():
+        spec = value["spec"]["template"]["spec"]
+        command = spec["containers"][0]["command"]
+        drains_s = int(command[command.index("--shutdown-timeout") + 1])
+        assert 0 < drains_s < spec["terminationGracePeriodSeconds"]
     sizes = {name: value["spec"]["replicas"] for name, value in pods.items()}
     assert sizes == {"prefill": 4} | {f"decode-{name}": 1 for name in FOUR}
 

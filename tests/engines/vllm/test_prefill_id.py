@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from tests.core import families
 from tests.hub import decoders
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from prefillshare_train.core.boundary import header_length
 from prefillshare_train.core.contract import Contract, ContractError, weights_fingerprint
@@ -28,16 +29,6 @@ from prefillshare_train.engines.vllm.prefill_id import (
 OTHER = "sha256:" + "0" * 64
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return decoders.save_base(tmp_path / "base")
-
-
 @pytest.fixture
 def full(tmp_path: Path, base: Path) -> Path:
     return decoders.save_decoder(tmp_path / "full", base)
@@ -49,6 +40,7 @@ def test_files_and_the_loaded_model_have_one_fingerprint(base: Path) -> None:
     assert [path.name for path in base.iterdir() if path.name.startswith("fingerprint")] == []
 
 
+@pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
 def test_in_other_families_too(family: str, tmp_path: Path) -> None:
     model = families.build(family, torch.float32)
@@ -97,8 +89,17 @@ def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
         base_fingerprint(str(tmp_path))
 
 
+def config_of(base: Path) -> PreTrainedConfig:
+    return fingerprint.base_config(str(base))
+
+
 def test_a_decoder_of_this_base_fits(base: Path, full: Path) -> None:
-    found = check_decoder(full, base_fingerprint=base_fingerprint(str(base)), kv_dtype="float32")
+    found = check_decoder(
+        full,
+        base_fingerprint=base_fingerprint(str(base)),
+        kv_dtype="float32",
+        config=config_of(base),
+    )
     assert found.base_length(range(10)) == 9
 
 
@@ -120,17 +121,34 @@ def test_each_mismatch_names_both_values(
             full,
             base_fingerprint=base_fingerprint(str(base)),
             kv_dtype="float32",
+            config=config_of(base),
             rules=NIXL_RULES,
         )
     (line,) = [line for line in str(caught.value).splitlines() if line.startswith("  ")]
     assert all(value in line for value in both)
 
 
+def test_the_same_weights_with_another_rope_do_not_fit(base: Path, full: Path) -> None:
+    fits = base_fingerprint(str(base))
+    settings = json.loads((base / "config.json").read_text())
+    theta = settings["rope_parameters"]["rope_theta"]
+    settings["rope_parameters"]["rope_theta"] = 2 * theta
+    (base / "config.json").write_text(json.dumps(settings))
+    assert base_fingerprint(str(base)) == fits, "the weights are the same"
+    with pytest.raises(ContractError, match=rf"rope_parameters: .*{theta}.*{2 * theta}"):
+        check_decoder(full, base_fingerprint=fits, kv_dtype="float32", config=config_of(base))
+
+
 def test_the_header_of_generation_prompt_is_told_from_the_template(
     tmp_path: Path, base: Path
 ) -> None:
     folder = decoders.save_decoder(tmp_path / "d", base, lora={}, boundary="generation_prompt")
-    found = check_decoder(folder, base_fingerprint=base_fingerprint(str(base)), kv_dtype="float32")
+    found = check_decoder(
+        folder,
+        base_fingerprint=base_fingerprint(str(base)),
+        kv_dtype="float32",
+        config=config_of(base),
+    )
     header = decoders.renderer_of(base).encode(["<|im_start|>assistant\n"])[0]
     assert len(header) > 1
     assert found.base_length([5, *header]) == 1
@@ -154,8 +172,12 @@ def test_the_base_must_be_what_it_is_called(base: Path, full: Path, tmp_path: Pa
 
 
 def test_the_id_tells_blocks_apart() -> None:
-    def config(dtype: str = "bfloat16", cache: str = "auto", block: int = 32) -> SimpleNamespace:
+    def config(
+        dtype: str = "bfloat16", cache: str = "auto", block: int = 32, theta: float = 1e4
+    ) -> SimpleNamespace:
+        rope = {"rope_type": "default", "rope_theta": theta}
         model = SimpleNamespace(
+            hf_text_config=LlamaConfig(rope_parameters=rope),
             dtype=getattr(torch, dtype),
             get_total_num_hidden_layers=lambda: 30,
             get_total_num_kv_heads=lambda: 3,
@@ -168,7 +190,7 @@ def test_the_id_tells_blocks_apart() -> None:
 
     made = PrefillId.of(config(), OTHER)
     assert made.cache_dtype == "bfloat16"
-    others = [config("float32"), config(cache="fp8"), config(block=64)]
+    others = [config("float32"), config(cache="fp8"), config(block=64), config(theta=1e6)]
     digests = {PrefillId.of(other, OTHER).digest for other in (config(), *others)}
-    assert len(digests) == 4
+    assert len(digests) == 5
     assert PrefillId.of(config(), "sha256:1").digest not in digests

@@ -18,6 +18,7 @@ def test_options_are_checked(tmp_path: Path) -> None:
         ({"pth": "x"}, "pth"),
         ({"budget_gib": "many"}, "budget_gib"),
         ({"wait_s": -1}, "wait_s"),
+        ({"on_miss": "guess"}, "on_miss"),
         ({"path": str(tmp_path), "budget_gib": 1e9}, "the file system of"),
     ):
         with pytest.raises(VllmError, match=message):
@@ -45,6 +46,7 @@ class MambaSpec:
         ({"specs": [FullAttentionSpec(), MambaSpec()]}, "MambaSpec"),
         ({"specs": [FullAttentionSpec(128)]}, "sliding_window is 128"),
         ({"hash_block_size": 16}, "hash_block_size is 16"),
+        ({"policy": "recompute"}, "kv_load_failure_policy is 'recompute'.*see on_miss"),
         ({}, None),
     ],
 )
@@ -53,6 +55,7 @@ def test_instances_that_cannot_share_exactly_are_refused_by_name(
 ) -> None:
     specs = values.get("specs", [FullAttentionSpec()])
     config = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_load_failure_policy=values.get("policy", "fail")),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=values.get("tensor_parallel_size", 1),
             pipeline_parallel_size=values.get("pipeline_parallel_size", 1),

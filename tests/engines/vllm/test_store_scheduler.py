@@ -42,7 +42,6 @@ class FakeRequest:
         self.resumable = False
         self.sampling_params = SimpleNamespace(prompt_logprobs=None)
         self.skip_reading_prefix_cache = False
-        self.abort_immediately = False
         self.block_hashes: list[bytes] = []
         self._block_hasher: Any = _hasher
         for key, value in values.items():
@@ -140,7 +139,7 @@ def test_all_but_the_last_token_come_from_the_store(store: BlockStore) -> None:
     for adapter in "ab":
         request = FakeRequest(adapter, TOKENS, adapter)
         half.add(request)
-        assert half.matched(request, 0) == 10
+        assert half.matched(request, 0) == (10, False)
         half.allocated(request, [4, 5, 6], 10)
         work = step(half, {}, **{adapter: (10, 1)})
         assert [block_id for block_id, _ in work.loads] == [4, 5, 6]
@@ -157,12 +156,38 @@ def test_all_but_the_last_token_come_from_the_store(store: BlockStore) -> None:
     assert half.counts["loaded_tokens"] == 20
 
 
+def test_a_longer_prompt_does_not_evict_what_it_builds_on(store: BlockStore) -> None:
+    """The base has its beginning in its own cache and reads nothing: those files look unused."""
+    half = scheduler(store)
+    prefill(half, store)
+    one = store._used() // 3
+    store._budget = store._used() + 4 * one
+    for number in range(4):
+        store.write(f"other{number}", torch.full((LAYERS, 1, BLOCK, 2), 0.0))
+    longer = [*TOKENS, *range(200, 205)]
+    request = FakeRequest("longer", longer)
+    half.add(request)
+    half.matched(request, 8)
+    half.allocated(request, [1, 2, 3, 4], 0)
+    worker = StoreWorker(store, BLOCKS)
+    worker.register(caches(5.0))
+    worker.save(step(half, {"longer": [1, 2, 3, 4]}, longer=(8, 8)))
+    half.finished(request)
+    assert store.counts["evicted_blocks"] >= 1, "the store was not full, so this proves nothing"
+    decoder = FakeRequest("decoder", longer, "a")
+    half.add(decoder)
+    assert half.matched(decoder, 0) == (15, False)
+    half.allocated(decoder, [5, 6, 7, 8], 15)
+    assert half.counts["refused_requests"] == 0, "what a refused request is promised looks the same"
+    assert [block for block, _ in step(half, {}, decoder=(15, 1)).loads] == [5, 6, 7, 8]
+
+
 def test_a_block_that_goes_between_being_found_and_lent_is_sent_itself(store: BlockStore) -> None:
     half = scheduler(store)
     prefill(half, store)
     request = FakeRequest("r", TOKENS, "a")
     half.add(request)
-    assert half.matched(request, 0) == 10
+    assert half.matched(request, 0) == (10, False)
     store._evict(0)
     half.allocated(request, [4, 5, 6], 10)
     worker = StoreWorker(store, BLOCKS)
@@ -177,7 +202,7 @@ def test_blocks_that_vllm_holds_are_not_loaded_again(store: BlockStore) -> None:
     prefill(half, store)
     request = FakeRequest("r", TOKENS, "a")
     half.add(request)
-    assert half.matched(request, 8) == 2
+    assert half.matched(request, 8) == (2, False)
     half.allocated(request, [1, 2, 9], 2)
     assert [block_id for block_id, _ in step(half, {}, r=(10, 1)).loads] == [9]
 
@@ -188,7 +213,7 @@ def test_a_header_stays_with_the_decoder(store: BlockStore) -> None:
     prefill(half, store, tokens)
     request = FakeRequest("r", tokens, "c")
     half.add(request)
-    assert half.matched(request, 0) == 7
+    assert half.matched(request, 0) == (7, False)
     half.allocated(request, [4, 5, 6], 7)
     assert [block_id for block_id, _ in step(half, {}, r=(7, 2)).loads] == [4, 5]
     headless = FakeRequest("h", TOKENS, "c")
@@ -218,9 +243,10 @@ def test_what_cannot_be_answered_exactly_fails(
         prefill(half, store)
     request = FakeRequest("r", TOKENS, adapter, **values)
     half.add(request)
-    assert half.matched(request, 0) == 10
+    assert half.matched(request, 0) == (10, False)
     assert not request.skip_reading_prefix_cache
     if "skip_reading_prefix_cache" in values:
+        assert half.counts["refused_requests"] == 0
         return  # it is read after all, and answered
     half.allocated(request, [4, 5, 6], 10)
     work = step(half, {}, r=(10, 1))
@@ -230,14 +256,41 @@ def test_what_cannot_be_answered_exactly_fails(
     assert half.counts["hit_requests"] == 0
 
 
-def test_a_prompt_of_one_token_without_a_fit_is_ended(store: BlockStore) -> None:
+def test_a_prompt_of_one_token_without_a_fit_fails_before_it_runs(store: BlockStore) -> None:
     half = scheduler(store)
     stranger, fits = FakeRequest("s", [5], "stranger"), FakeRequest("f", [5], "a")
     half.add(stranger)
     half.add(fits)
-    assert stranger.abort_immediately
-    assert not fits.abort_immediately
-    assert half.matched(fits, 0) == 0
+    # vLLM runs no step for it, so its failure must be all that it waits for.
+    assert half.matched(stranger, 0) == (1, True)
+    assert half.matched(fits, 0) == (0, False)
+    half.allocated(stranger, [7], 1)
+    half.allocated(fits, [8], 0)
+    work = step(half, {}, f=(0, 1))
+    assert (work.unfilled, work.failed) == ({7}, {"s"})
+    assert not step(half, {}, f=(1, 1)).failed
+
+
+def test_recompute_does_not_answer_what_is_refused(store: BlockStore) -> None:
+    half = scheduler(store, recompute=True)
+    for number, tokens in enumerate(([5], TOKENS)):
+        half.add(request := FakeRequest(f"r{number}", tokens, "stranger"))
+        promised, _ = half.matched(request, 0)
+        half.allocated(request, [4, 5, 6], promised or 0)
+        assert step(half, {}).unfilled
+
+
+def test_an_aborted_prefill_leaves_the_mark_of_another_of_its_prompt(store: BlockStore) -> None:
+    half = scheduler(store)
+    first, second = FakeRequest("1", TOKENS), FakeRequest("2", TOKENS)
+    decoder = FakeRequest("r", TOKENS, "a")
+    for request in (first, second, decoder):
+        half.add(request)
+    half.finished(first)
+    assert half.matched(decoder, 0) == (None, False)
+    half.finished(second)
+    assert half.matched(decoder, 0) == (10, False)
+    assert half.counts["refused_requests"] == 1
 
 
 def test_recompute_takes_what_is_there_loudly(
@@ -248,8 +301,8 @@ def test_recompute_takes_what_is_there_loudly(
     request = FakeRequest("r", [*TOKENS[:8], 1, 2, 3], "a")
     half.add(request)
     with caplog.at_level(logging.WARNING):
-        assert half.matched(request, 0) == 8
-        assert half.matched(request, 0) == 8
+        assert half.matched(request, 0) == (8, False)
+        assert half.matched(request, 0) == (8, False)
     assert len(caplog.records) == 1
     assert "DECODER" in caplog.text
     half.allocated(request, [4, 5, 6], 8)
@@ -265,14 +318,15 @@ def test_a_prefill_under_way_is_waited_for(store: BlockStore) -> None:
     base, decoder = FakeRequest("base", TOKENS), FakeRequest("r", TOKENS, "a")
     half.add(base)
     half.add(decoder)
-    assert half.matched(decoder, 0) is None
+    assert half.matched(decoder, 0) == (None, False)
     half.allocated(base, [1, 2, 3], 0)
     worker = StoreWorker(store, BLOCKS)
     worker.register(caches(5.0))
     worker.save(step(half, {"base": [1, 2, 3]}, base=(0, 5)))
-    assert half.matched(decoder, 0) is None
+    assert half.matched(decoder, 0) == (None, False)
     worker.save(step(half, {"base": [1, 2, 3]}, base=(5, 6)))
-    assert half.matched(decoder, 0) == 10
+    assert half.matched(decoder, 0) == (10, False)
+    assert half.counts["refused_requests"] == 0
     assert half.counts["waited_requests"] == 1
     assert half.counts["waited_seconds"] > 0
 
@@ -282,15 +336,15 @@ def test_the_wait_is_bounded_and_ends_with_the_prefill(store: BlockStore) -> Non
     half.add(FakeRequest("base", TOKENS))
     late = FakeRequest("late", TOKENS, "a")
     half.add(late)
-    assert half.matched(late, 0) == 10
+    assert half.matched(late, 0) == (10, False)
     assert half.counts["refused_requests"] == 1
     half = scheduler(store)
     base, decoder = FakeRequest("base", TOKENS), FakeRequest("r", TOKENS, "a")
     half.add(base)
     half.add(decoder)
-    assert half.matched(decoder, 0) is None
+    assert half.matched(decoder, 0) == (None, False)
     half.finished(base)
-    assert half.matched(decoder, 0) == 10
+    assert half.matched(decoder, 0) == (10, False)
     assert half.counts["refused_requests"] == 1
 
 
@@ -314,7 +368,7 @@ def test_the_base_reads_what_it_wrote_before_a_restart(store: BlockStore) -> Non
     half = scheduler(store)
     request = FakeRequest("base", [*TOKENS, 1, 2])
     half.add(request)
-    assert half.matched(request, 4) == 4
+    assert half.matched(request, 4) == (4, False)
     half.allocated(request, [1, 2, 3, 4], 4)
     work = step(half, {"base": [1, 2, 3, 4]}, base=(8, 5))
     assert [block_id for block_id, _ in work.loads] == [2]
@@ -355,7 +409,8 @@ def test_without_prefix_caching_there_is_nothing_to_keep_apart(store: BlockStore
     request = FakeRequest("r", TOKENS, "a", _block_hasher=None)
     request.block_hashes = []
     half.add(request)
-    assert half.matched(request, 0) == 10
+    assert half.matched(request, 0) == (10, False)
+    assert half.counts["refused_requests"] == 0
     assert request.block_hashes == []
 
 

@@ -27,6 +27,9 @@ class Fake:
     def is_ready(self) -> bool:
         return self._ready
 
+    def become(self, *, ready: bool) -> None:
+        self._ready = ready
+
     def exit_code(self) -> int | None:
         return self._code
 
@@ -111,6 +114,39 @@ def test_one_that_ends_later_is_started_again_and_the_next_time_stops_all() -> N
     assert events.count("start a") == 1, "the others go on meanwhile"
     assert any("starting it again (1 of 1)" in line and "the end of b" in line for line in told)
     assert events[-2:] in (["stop a", "stop b"], ["stop b", "stop a"])
+
+
+def test_one_that_is_started_again_and_never_ready_counts_as_ended() -> None:
+    events: list[str] = []
+    told: list[str] = []
+    a, b = Fake("a", events), Fake("b", events)
+    supervisor, _ = supervised([a, b], told=told, times=2, ready_timeout_s=0.3)
+
+    def hangs_from_then_on() -> None:
+        with supervisor.running():
+            b.become(ready=False)
+            b.end(3)
+            supervisor.watch()
+
+    told_all = r"(?s)b was not ready after 0\.3 s after 2 restarts.*end of b"
+    with pytest.raises(VllmError, match=told_all):
+        hangs_from_then_on()
+    assert events.count("start b") == 3
+    assert events.count("start a") == 1
+    assert any("was not ready after 0.3 s, starting it again (2 of 2)" in line for line in told)
+
+
+def test_one_that_is_ready_again_is_told_and_left_alone() -> None:
+    events: list[str] = []
+    told: list[str] = []
+    a = Fake("a", events)
+    supervisor, stopping = supervised([a], told=told, ready_timeout_s=0.3)
+    with supervisor.running():
+        a.end(3)
+        threading.Timer(1.0, stopping.set).start()
+        supervisor.watch()
+    assert events.count("start a") == 2
+    assert any("a: ready again" in line for line in told)
 
 
 def test_a_request_to_stop_while_they_start_is_heard() -> None:

@@ -23,6 +23,7 @@ from tests.engines.vllm import fake_vllm
 from tests.serving.served import save_served
 
 from prefillshare_train.core.contract import Contract
+from prefillshare_train.engines.vllm import up as deployment
 from prefillshare_train.engines.vllm.up import share_devices
 
 NAMES = ("math", "code", "full")
@@ -163,7 +164,7 @@ def test_everything_starts_serves_restarts_and_ends(start: Any, served: Path) ->
 
     victim = next(p for p in up.children() if str(served / "full") in p.cmdline())
     victim.kill()
-    up.wait_for(r"decode-full-0: ended with status -9, starting it again \(1 of 3\)")
+    up.wait_for(r"decode-full-0: was ended by signal 9, starting it again \(1 of 3\)")
 
     left = up.children()
     up.process.send_signal(signal.SIGINT)
@@ -194,6 +195,28 @@ def test_a_decoder_of_another_base_is_refused_before_anything_starts(
     assert "decoder other: the decoder in" in up.text()
     assert "sha256:1111" in up.text()
     assert not up.run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ("2,3", ["2", "3"]),
+        ("GPU-5e8f, MIG-1", ["GPU-5e8f", "MIG-1"]),
+        ("", []),
+        (None, ["0"]),
+    ],
+)
+def test_only_the_gpus_that_were_given_are_shared_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: str | None, expected: list[str]
+) -> None:
+    """A batch system names them by UUID; a container's only one may be /dev/nvidia3."""
+    (tmp_path / "nvidia3").touch()
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(deployment, "_DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert deployment._visible_gpus() == expected
 
 
 def test_devices_are_shared_by_neighbours() -> None:

@@ -3,7 +3,7 @@
     ROOT/.lock, .bytes             one counter of all bytes, changed under the lock
     ROOT/writers/ID                held locked by a running process; unlocked once it is gone
     ROOT/NAMESPACE/KEY.safetensors a block: written beside under the writer's name, then renamed
-    ROOT/NAMESPACE/KEY.pending     names the writer that is prefilling this prompt
+    ROOT/NAMESPACE/KEY.prefills/ID a writer that is prefilling this prompt
     ROOT/NAMESPACE/ID-RANDOM.tmp   a block that is being written, or that is lent to a worker
 
 The budget holds for the blocks; each writer has one more under way at most.
@@ -14,25 +14,23 @@ readable to them. Times of change order the eviction: readers touch what they us
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
-import time
 import uuid
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from prefillshare_train.engines.vllm.block_files import checksum, opened_block, touch_file
 from prefillshare_train.engines.vllm.errors import VllmError
 
 _BLOCK = ".safetensors"
-_PENDING = ".pending"
+_PREFILLS = ".prefills"
 _UNFINISHED = ".tmp"
 # Evicting looks at every file, so it makes room for more than the one block at hand.
 _KEPT_SHARE = 0.9
@@ -96,6 +94,16 @@ class BlockStore:
         """Whether a block is there, now."""
         return self._path(key).exists()
 
+    def touch(self, keys: Sequence[str]) -> set[str]:
+        """Those of a prompt's blocks that are there, now the most recently used of all."""
+        found = set()
+        # The first block is touched last: of one prompt, the end goes before what it builds on.
+        for key in reversed(keys):
+            with contextlib.suppress(OSError):
+                touch_file(self._path(key))
+                found.add(key)
+        return found
+
     def write(self, key: str, block: Tensor) -> bool:
         """Keep a block, unless it is there already.
 
@@ -104,18 +112,21 @@ class BlockStore:
 
         Returns:
             Whether it is there now; not so where it alone is larger than the budget.
+
+        Raises:
+            OSError: it cannot be written, though older blocks made room for it.
         """
         path = self._path(key)
         if path.exists():
             return True
         beside = self._beside()
-        about = {"key": key, "crc32": str(_crc32(block)) if self._checksums else ""}
+        about = {"key": key, "crc32": str(checksum(block)) if self._checksums else ""}
         try:
             # Not `save_file`, which writes under a name of its own that `_clean` does not know, and
             # whose error on a full disk is no OSError.
-            beside.write_bytes(save({"kv": block}, metadata=about))
+            self._write(beside, save({"kv": block}, metadata=about))
             size = beside.stat().st_size
-            _touch(beside)
+            touch_file(beside)
             with self._lock():
                 if path.exists():
                     return True
@@ -133,32 +144,42 @@ class BlockStore:
         self.counts["written_bytes"] += size
         return True
 
+    def _write(self, file: Path, content: bytes) -> None:
+        """Where the file system is full below the budget, the oldest blocks go first there too."""
+        try:
+            file.write_bytes(content)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            with self._lock():
+                self._evict(int(self._used() * _KEPT_SHARE) - len(content))
+            file.write_bytes(content)
+
     def read(self, keys: Sequence[str]) -> list[Tensor]:
         """The blocks of the longest run of keys that are there, mapped and checked.
 
-        They stay readable when they are evicted in the meantime. A file that is not what was
-        written is removed and counted.
+        They stay readable when they are evicted in the meantime. Files that are not what was
+        written are removed and counted, all of them, so that one more prefill replaces them.
         """
-        blocks = []
-        for key in keys:
+        blocks: list[Tensor] = []
+        damaged = self.counts["corrupt_blocks"]
+        for place, key in enumerate(keys):
             block = self._read(key)
-            if block is None:
+            if block is not None and place == len(blocks):
+                blocks.append(block)
+            elif self.counts["corrupt_blocks"] == damaged:
                 break
-            blocks.append(block)
-        # The first block is touched last: of one prompt, the end goes before what it builds on.
-        for key in reversed(keys[: len(blocks)]):
-            with contextlib.suppress(OSError):
-                _touch(self._path(key))
+        self.touch(keys[: len(blocks)])
         return blocks
 
     def _read(self, key: str) -> Tensor | None:
         path = self._path(key)
         try:
-            with _opened(path) as opened:
+            with opened_block(path) as opened:
                 about = opened.metadata() or {}
                 block: Tensor = opened.get_tensor("kv")
             sound = about.get("key") == key and (
-                not self._checksums or about.get("crc32") in ("", str(_crc32(block)))
+                not self._checksums or about.get("crc32") in ("", str(checksum(block)))
             )
         except FileNotFoundError:
             return None
@@ -196,10 +217,15 @@ class BlockStore:
 
     def begin(self, key: str) -> None:
         """Say that this process is prefilling the prompt whose last block has this key."""
-        beside = self._beside()
+        mark = self._mark(key)
         with contextlib.suppress(OSError):  # who finds no mark misses instead of waiting
-            beside.write_text(self.id)
-            beside.rename(self._mark(key))
+            while True:
+                mark.mkdir(exist_ok=True)
+                try:
+                    (mark / self.id).touch()
+                    return
+                except FileNotFoundError:  # another's end removed the folder in between
+                    continue
 
     def end(self, key: str, writer: str | None = None) -> None:
         """Take back `begin`: the prompt's blocks are there, or will not be.
@@ -209,16 +235,16 @@ class BlockStore:
         """
         with contextlib.suppress(OSError):
             mark = self._mark(key)
-            if mark.read_text() == (writer or self.id):
-                mark.unlink()
+            (mark / (writer or self.id)).unlink()
+            mark.rmdir()
 
     def pending(self, key: str) -> bool:
         """Whether a process that still runs is prefilling this prompt."""
         try:
-            writer = self._mark(key).read_text()
+            writers = [path.name for path in self._mark(key).iterdir()]
         except OSError:
             return False
-        return writer == self.id or self._runs(writer)
+        return any(writer == self.id or self._runs(writer) for writer in writers)
 
     # Files
 
@@ -230,7 +256,7 @@ class BlockStore:
         return self._folder / f"{key}{_BLOCK}"
 
     def _mark(self, key: str) -> Path:
-        return self._folder / f"{key}{_PENDING}"
+        return self._folder / f"{key}{_PREFILLS}"
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -298,28 +324,9 @@ class BlockStore:
         for path in self._root.glob(f"*/*{_UNFINISHED}"):
             if path.name.split("-")[0] not in left:
                 path.unlink(missing_ok=True)
-        for path in self._root.glob(f"*/*{_PENDING}"):
-            with contextlib.suppress(OSError):
-                if path.read_text() not in left:
-                    path.unlink()
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A block's file for `safetensors`, whole even where it is evicted meanwhile.
-
-    `safe_open` opens the name it is given twice, for the header and then, by torch, for the tensor.
-    The descriptor's own name leads to one file whatever happens to the block's.
-    """
-    with path.open("rb") as file, safe_open(f"/dev/fd/{file.fileno()}", "pt") as opened:
-        yield opened
-
-
-def _touch(path: Path) -> None:
-    # The file system's own clock is too coarse to tell a prompt's blocks apart.
-    now = time.time_ns()
-    os.utime(path, ns=(now, now))
-
-
-def _crc32(block: Tensor) -> int:
-    return zlib.crc32(block.flatten().view(torch.uint8).numpy().data)
+        for path in self._root.glob(f"*/*{_PREFILLS}/*"):
+            if path.name not in left:
+                path.unlink(missing_ok=True)
+        for path in self._root.glob(f"*/*{_PREFILLS}"):
+            with contextlib.suppress(OSError):  # another prefill of that prompt is under way
+                path.rmdir()

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from prefillshare_train.core.contract import fingerprint_of, weights_fingerprint
 from prefillshare_train.engines.vllm.errors import VllmError
@@ -68,6 +68,20 @@ def base_fingerprint(base: str, revision: str | None = None) -> str:
             beside.write(json.dumps({"base": str(folder.resolve()), "fingerprint": fingerprint}))
         Path(beside.name).replace(kept)
     return fingerprint
+
+
+def base_config(base: str) -> PreTrainedConfig:
+    """Configuration of a base's text part.
+
+    Raises:
+        VllmError: there is no such base, or it has none that can be read.
+    """
+    folder = base_folder(base)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder).get_text_config()
+    except (OSError, ValueError) as error:
+        raise VllmError(f"config.json of the base in {folder} cannot be read: {error}") from error
+    return config
 
 
 def _cache_folder() -> Path:

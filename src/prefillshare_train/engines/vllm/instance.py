@@ -37,6 +37,8 @@ class InstanceOptions:
         cores: CPU cores to bind to, as vLLM's `VLLM_CPU_OMP_THREADS_BIND` (`0-3`).
         cpu_kv_gib: GiB of K/V on CPU.
         nixl_port, nixl_host: where NIXL's handshake listens; one port an instance.
+        shutdown_timeout_s: how long requests may go on after SIGTERM; vLLM aborts them at once
+            where None.
         environment: further environment variables.
         extra: further arguments, after all others.
     """
@@ -58,6 +60,7 @@ class InstanceOptions:
     cpu_kv_gib: int | None = None
     nixl_port: int | None = None
     nixl_host: str = "127.0.0.1"
+    shutdown_timeout_s: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     extra: Sequence[str] = ()
 
@@ -69,15 +72,17 @@ class InstanceOptions:
             ("--block-size", self.block_size),
             ("--max-model-len", self.max_model_len),
             ("--max-lora-rank", self.max_lora_rank if self.lora else None),
+            ("--shutdown-timeout", self.shutdown_timeout_s),
         ):
             if value is not None:
                 given += [option, str(value)]
         given += ["--enable-prefix-caching" if self.prefix_caching else _NO_PREFIX_CACHING]
         if self.enforce_eager:
             given += ["--enforce-eager"]
+        # The router counts by it what was cached, and what a decoder ran that the base should have.
+        given += ["--enable-prompt-tokens-details"]
         if self.lora:
-            # One slot more than adapters: see `Roles` on vLLM's build for CPU.
-            given += ["--enable-lora", "--max-loras", str(len(self.lora) + 1), "--lora-modules"]
+            given += ["--enable-lora", "--max-loras", str(len(self.lora)), "--lora-modules"]
             given += [f"{name}={folder}" for name, folder in self.lora.items()]
         if self.kv_transfer is not None:
             given += ["--kv-transfer-config", json.dumps(self.kv_transfer, sort_keys=True)]

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from transformers import PreTrainedConfig
+
 from prefillshare_train.core.contract import ContractError
 from prefillshare_train.engines.vllm.errors import VllmError
 from prefillshare_train.engines.vllm.instance import InstanceOptions
@@ -91,6 +93,7 @@ def common_contract(topology: Topology, dtype: str | None) -> tuple[str, str]:
             ("base", decoder.contract.base_fingerprint, first.contract.base_fingerprint),
             ("tokenizer or template", decoder.contract.prompt, first.contract.prompt),
             ("K/V dtype", decoder.contract.kv_dtype, first.contract.kv_dtype),
+            ("base config", decoder.contract.cache_config, first.contract.cache_config),
         ):
             if mine != other:
                 raise VllmError(
@@ -100,8 +103,13 @@ def common_contract(topology: Topology, dtype: str | None) -> tuple[str, str]:
     return first.contract.base_fingerprint, dtype or first.contract.kv_dtype
 
 
-def check_contracts(topology: Topology, *, base_fingerprint: str, kv_dtype: str) -> None:
+def check_contracts(
+    topology: Topology, *, base_fingerprint: str, kv_dtype: str, config: PreTrainedConfig | None
+) -> None:
     """Check every decoder against the base and the route.
+
+    Args:
+        config: of the base's text part; None where the base is not on this machine.
 
     Raises:
         ContractError: one does not fit; it is named, and each difference listed.
@@ -110,7 +118,11 @@ def check_contracts(topology: Topology, *, base_fingerprint: str, kv_dtype: str)
     for decoder in topology.decoders:
         try:
             check_decoder(
-                decoder.folder, base_fingerprint=base_fingerprint, kv_dtype=kv_dtype, rules=rules
+                decoder.folder,
+                base_fingerprint=base_fingerprint,
+                kv_dtype=kv_dtype,
+                config=config,
+                rules=rules,
             )
         except ContractError as error:
             raise ContractError(f"decoder {decoder.name}: {error}") from None
@@ -187,13 +199,12 @@ def _kv_transfer(
                 "path": settings.store,
                 "budget_gib": settings.store_gib,
                 "wait_s": settings.store_wait_s,
+                "on_miss": settings.on_miss,
                 "base_fingerprint": base_fingerprint,
             },
         }
     if adapters:
         config["kv_connector_extra_config"]["decoders"] = dict(adapters)
-    if settings.on_miss == "recompute":
-        config["kv_load_failure_policy"] = "recompute"
     return config
 
 

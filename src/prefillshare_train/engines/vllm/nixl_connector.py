@@ -13,7 +13,6 @@ rule `last_token`, and no other.
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
@@ -23,10 +22,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import (
 )
 from vllm.logger import init_logger
 
+from prefillshare_train.engines.vllm import base_rows
 from prefillshare_train.engines.vllm.nixl_options import NixlOptions, check_role
 from prefillshare_train.engines.vllm.nixl_scheduler import TicketScheduler
 from prefillshare_train.engines.vllm.nixl_worker import ClaimingWorker
-from prefillshare_train.engines.vllm.prefill_id import NIXL_RULES, Boundary, check_decoder
+from prefillshare_train.engines.vllm.prefill_id import NIXL_RULES
 from prefillshare_train.engines.vllm.store_options import check_supported
 from prefillshare_train.engines.vllm.store_roles import Roles
 
@@ -34,13 +34,7 @@ logger = init_logger("vllm." + __name__)
 
 
 class _NixlRoles(Roles):
-    def _check(self, folder: Path) -> Boundary:
-        return check_decoder(
-            folder,
-            base_fingerprint=self.prefill_id.base_fingerprint,
-            kv_dtype=self.prefill_id.cache_dtype,
-            rules=NIXL_RULES,
-        )
+    _rules = NIXL_RULES
 
 
 class PrefillShareNixlConnector(NixlPullConnector):
@@ -57,6 +51,7 @@ class PrefillShareNixlConnector(NixlPullConnector):
         options = NixlOptions.read(transfer.kv_connector_extra_config)
         check_role(vllm_config)
         check_supported(vllm_config, kv_cache_config)
+        base_rows.protect_on_cpu()
         given: Any = options
         roles = _NixlRoles(vllm_config, given)
         config = copy.copy(vllm_config)

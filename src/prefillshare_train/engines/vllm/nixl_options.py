@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prefillshare_train.core.contract import CONTRACT_NAME
 from prefillshare_train.engines.vllm.errors import VllmError
-from prefillshare_train.engines.vllm.prefill_id import is_decoder
+from prefillshare_train.engines.vllm.prefill_id import check_consumer, is_decoder
 
 GUARD = "prefillshare_train.engines.vllm.guard.DecoderGuard"
 """What a decoder's `--middleware` should be."""
@@ -88,11 +88,7 @@ def check_role(vllm_config: Any) -> None:
         if adapters:
             raise VllmError("--enable-lora with kv_role kv_producer: the base prefills alone")
     elif role == "kv_consumer":
-        if not is_decoder(model) and not adapters:
-            raise VllmError(
-                f"kv_role is kv_consumer, but {model} has no {CONTRACT_NAME} and there are no LoRA "
-                "decoders: is this the base's folder? Give the decoder's, or --enable-lora"
-            )
+        check_consumer(vllm_config)
         if vllm_config.cache_config.enable_prefix_caching:
             raise VllmError(
                 "prefix caching is on: a later turn would reuse the decoder's own K/V of earlier "

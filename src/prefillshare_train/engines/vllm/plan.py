@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from prefillshare_train.engines.vllm.errors import VllmError
-from prefillshare_train.engines.vllm.fingerprint import base_fingerprint
+from prefillshare_train.engines.vllm.fingerprint import base_config, base_fingerprint
 from prefillshare_train.engines.vllm.instance import InstanceOptions
 from prefillshare_train.engines.vllm.launches import (
     NIXL_PORTS_ABOVE,
@@ -24,6 +24,7 @@ from prefillshare_train.engines.vllm.launches import (
     router_options,
 )
 from prefillshare_train.engines.vllm.manifests.cluster import (
+    DRAIN_S,
     HTTP_PORT,
     STORE_PLACE,
     Cluster,
@@ -75,6 +76,7 @@ class PlanOptions:
         gpus, cpus, memory_gib: of each instance.
         max_replicas: to which autoscaling may take a pool.
         namespace: of Kubernetes.
+        monitoring_namespace: where its Prometheus runs.
         force: whether files that are there already are replaced.
     """
 
@@ -87,6 +89,7 @@ class PlanOptions:
     memory_gib: int = 64
     max_replicas: int = 8
     namespace: str = "prefillshare"
+    monitoring_namespace: str = "monitoring"
     force: bool = False
 
 
@@ -113,11 +116,12 @@ def write_plan(
         VllmError: the decoders do not fit each other, or the folder cannot be written to.
     """
     fingerprint, dtype = common_contract(topology, settings.dtype)
+    config = None
     if Path(topology.base).is_dir():
-        fingerprint = base_fingerprint(topology.base)
+        fingerprint, config = base_fingerprint(topology.base), base_config(topology.base)
     else:
         tell(f"{topology.base} is no folder here: its weights are checked as the instances start")
-    check_contracts(topology, base_fingerprint=fingerprint, kv_dtype=dtype)
+    check_contracts(topology, base_fingerprint=fingerprint, kv_dtype=dtype, config=config)
     taken = [name for name in _FILES if (options.out / name).exists()]
     if taken and not options.force:
         raise VllmError(f"{options.out} has {taken[0]} already: choose another --out, or --force")
@@ -199,6 +203,7 @@ class _Builder:
             store_gib=None if nixl else max(1, round(self._settings.store_gib)),
             max_replicas=options.max_replicas,
             namespace=options.namespace,
+            monitoring_namespace=options.monitoring_namespace,
         )
 
     def _commands(self) -> str:
@@ -230,7 +235,7 @@ class _Builder:
     def _instance(
         self, pool: Pool, place: Place, folders: Mapping[str, str], store: str
     ) -> InstanceOptions:
-        return instance_options(
+        made = instance_options(
             self._topology,
             pool,
             replace(self._settings, store=store),
@@ -239,6 +244,8 @@ class _Builder:
             dtype=self._dtype,
             folders=folders,
         )
+        # A rollout or an autoscaler ends instances at any time.
+        return replace(made, shutdown_timeout_s=DRAIN_S)
 
     def _router(
         self,

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from transformers import PreTrainedConfig
+
 from prefillshare_train.core.boundary import BoundaryRule, Kind, header_length
-from prefillshare_train.core.contract import CONTRACT_NAME, Contract, ContractError
+from prefillshare_train.core.contract import CONTRACT_NAME, Contract, ContractError, cache_config
+from prefillshare_train.engines.vllm.errors import VllmError
 from prefillshare_train.engines.vllm.fingerprint import base_fingerprint
 
 STORE_RULES: tuple[Kind, ...] = get_args(Kind)
@@ -34,6 +37,8 @@ class PrefillId:
         cache_dtype: dtype of the K/V, never `auto`.
         layers, kv_heads, head_size: geometry of the whole model, all ranks together.
         block_size: tokens in a block.
+        cache_config: `core.contract.cache_config`, RoPE and windows among it, as JSON: the same
+            weights with another RoPE write other K/V.
     """
 
     base_fingerprint: str
@@ -43,6 +48,7 @@ class PrefillId:
     kv_heads: int
     head_size: int
     block_size: int
+    cache_config: str
 
     @classmethod
     def of(cls, vllm_config: Any, fingerprint: str) -> PrefillId:
@@ -57,6 +63,7 @@ class PrefillId:
             kv_heads=model.get_total_num_kv_heads(),
             head_size=model.get_head_size(),
             block_size=cache.block_size,
+            cache_config=json.dumps(cache_config(model.hf_text_config), sort_keys=True),
         )
 
     @property
@@ -93,6 +100,7 @@ def check_decoder(
     *,
     base_fingerprint: str,
     kv_dtype: str,
+    config: PreTrainedConfig | None,
     rules: Collection[Kind] = STORE_RULES,
 ) -> Boundary:
     """Check a decoder's contract against the instance that is about to serve it.
@@ -101,6 +109,8 @@ def check_decoder(
         folder: full weights or a LoRA adapter, with its contract.
         base_fingerprint: of the base that prefills.
         kv_dtype: of the K/V that the instance reads, such as `bfloat16`.
+        config: of the text part of the base, or of what the instance runs; None where neither is
+            here yet, and its instances check it as they start.
         rules: boundary rules that the route serves exactly.
 
     Returns:
@@ -111,15 +121,19 @@ def check_decoder(
             both values.
     """
     contract = Contract.load(Path(folder))
-    compared = {
+    compared: dict[str, tuple[Any, Any]] = {
         "method": (contract.method, "prefillshare"),
         "base fingerprint": (contract.base_fingerprint, base_fingerprint),
         "KV dtype": (contract.kv_dtype, kv_dtype),
     }
+    if config is not None:
+        here = cache_config(config)
+        for key in sorted({*here, *contract.cache_config}):
+            compared[f"config {key}"] = (contract.cache_config.get(key), here.get(key))
     different = [
-        f"  {name}: the contract says {trained!r}, here it is {here!r}"
-        for name, (trained, here) in compared.items()
-        if trained != here
+        f"  {name}: the contract says {trained!r}, here it is {found!r}"
+        for name, (trained, found) in compared.items()
+        if trained != found
     ]
     rule = contract.rule
     if rule.kind not in rules:
@@ -140,6 +154,20 @@ def check_decoder(
 def is_decoder(folder: Path | str) -> bool:
     """Whether a folder carries a contract."""
     return (Path(folder) / CONTRACT_NAME).is_file()
+
+
+def check_consumer(vllm_config: Any) -> None:
+    """Refuse an instance that is to read the base's K/V and runs no decoder: the base itself, say.
+
+    Raises:
+        VllmError: names its model.
+    """
+    model = vllm_config.model_config.model
+    if not is_decoder(model) and vllm_config.lora_config is None:
+        raise VllmError(
+            f"kv_role is kv_consumer, but {model} has no {CONTRACT_NAME} and there are no LoRA "
+            "decoders: is this the base's folder? Give the decoder's, or --enable-lora"
+        )
 
 
 def serving_fingerprint(base: str | None, declared: str | None, model: str) -> str:

@@ -5,7 +5,7 @@
 
 `kv_both` is for the base, with LoRA decoders or alone (it then reads what it wrote before a
 restart); `kv_consumer` for an instance that only decodes. What happens to a decoder's request whose
-K/V are missing is vLLM's own `kv_load_failure_policy`: `fail`, the default, or `recompute`.
+K/V are missing is `on_miss` of the extra configuration: `fail`, the default, or `recompute`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.version import __version__
 
+from prefillshare_train.engines.vllm import base_rows
 from prefillshare_train.engines.vllm.block_store import BlockStore
 from prefillshare_train.engines.vllm.store_options import StoreOptions, check_supported
 from prefillshare_train.engines.vllm.store_roles import Roles
@@ -56,6 +57,7 @@ class PrefillShareStoreConnector(KVConnectorBase_V1, SupportsHMA):
         transfer = vllm_config.kv_transfer_config
         options = StoreOptions.read(transfer.kv_connector_extra_config)
         check_supported(vllm_config, kv_cache_config)
+        base_rows.protect_on_cpu()
         roles = Roles(vllm_config, options)
         namespace = _namespace(roles.prefill_id.digest, vllm_config, kv_cache_config)
         self._store = BlockStore(
@@ -64,8 +66,9 @@ class PrefillShareStoreConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.WORKER:
             self._worker = StoreWorker(self._store, kv_cache_config.num_blocks)
             self._failed: set[int] = set()
+            self._ended: set[str] = set()
             return
-        recompute = transfer.kv_load_failure_policy == "recompute"
+        recompute = options.on_miss == "recompute"
         self._scheduler = StoreScheduler(
             self._store,
             roles,
@@ -79,8 +82,8 @@ class PrefillShareStoreConnector(KVConnectorBase_V1, SupportsHMA):
         logger.info("block store %s/%s, %s", options.path, namespace, roles.prefill_id)
         if recompute:
             logger.warning(
-                "kv_load_failure_policy is recompute: a decoder whose K/V are missing answers "
-                "from its OWN prefill, which it was not trained for"
+                "on_miss is recompute: a decoder whose K/V are missing answers from its OWN "
+                "prefill, which it was not trained for"
             )
 
     @property
@@ -96,7 +99,7 @@ class PrefillShareStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        return self._scheduler.matched(request, num_computed_tokens), False
+        return self._scheduler.matched(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         (block_ids,) = blocks.get_block_ids()
@@ -124,6 +127,7 @@ class PrefillShareStoreConnector(KVConnectorBase_V1, SupportsHMA):
         work = self._get_connector_metadata().work
         self._worker.load(work)
         self._failed |= work.unfilled
+        self._ended |= work.failed
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return
@@ -139,6 +143,10 @@ class PrefillShareStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self._failed = self._failed, set()
         return failed
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[None, set[str] | None]:
+        ended, self._ended = self._ended, set()
+        return None, ended or None
 
     # Both
 

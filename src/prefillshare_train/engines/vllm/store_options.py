@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +21,8 @@ class StoreOptions(BaseModel):
         path: folder of the store; all instances that share K/V must see the same.
         budget_gib: GiB that its blocks may take together; the same for all.
         wait_s: how long a decoder's request waits for a prefill that is under way.
+        on_miss: what a decoder's request does whose K/V are missing: fail, or prefill with its own
+            weights (recompute).
         checksums: compare each block's bytes with what was written.
         base: folder or hub id of the base, for instances that load a decoder's full weights.
         base_fingerprint: its fingerprint; spares reading the base's weights.
@@ -33,6 +35,7 @@ class StoreOptions(BaseModel):
     path: Path = Path(DEFAULT_PATH)
     budget_gib: float = Field(default=4.0, gt=0)
     wait_s: float = Field(default=30.0, ge=0)
+    on_miss: Literal["fail", "recompute"] = "fail"
     checksums: bool = True
     base: str | None = None
     base_fingerprint: str | None = None
@@ -100,6 +103,14 @@ def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
     """
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     found = _Findings()
+    policy = vllm_config.kv_transfer_config.kv_load_failure_policy
+    found.refuse(
+        policy != "fail",
+        "kv_load_failure_policy",
+        policy,
+        "it would also answer requests that must be refused; leave it out, and see on_miss of "
+        "kv_connector_extra_config",
+    )
     for option in (
         "tensor_parallel_size",
         "pipeline_parallel_size",

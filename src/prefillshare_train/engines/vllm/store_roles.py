@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from prefillshare_train.core.boundary import Kind
 from prefillshare_train.core.contract import ContractError
 from prefillshare_train.engines.vllm.errors import VllmError
 from prefillshare_train.engines.vllm.prefill_id import (
+    STORE_RULES,
     Boundary,
     PrefillId,
+    check_consumer,
     check_decoder,
     is_decoder,
     serving_fingerprint,
@@ -20,10 +24,6 @@ from prefillshare_train.engines.vllm.store_options import StoreOptions
 class Roles:
     """What an instance's model is, and which decoders it may serve.
 
-    vLLM's build for CPU gives the base's tokens the adapter in the last of its slots wherever they
-    share a batch with an adapter's (their index of -1 picks it). That is harmless while the last
-    slot is empty, so an instance that prefills there serves one adapter fewer than it has slots.
-
     Args:
         vllm_config: vLLM's configuration of the instance.
         options: the connector's.
@@ -33,14 +33,19 @@ class Roles:
 
     Raises:
         ContractError: a decoder that is known now does not fit; it is named.
-        VllmError: the base cannot be read, or an instance with a decoder's full weights is to
-            produce.
+        VllmError: the base cannot be read, an instance with a decoder's full weights is to produce,
+            or one without any decoder to consume.
     """
+
+    _rules: Collection[Kind] = STORE_RULES
 
     def __init__(self, vllm_config: Any, options: StoreOptions) -> None:
         model: str = vllm_config.model_config.model
         fingerprint = serving_fingerprint(options.base, options.base_fingerprint, model)
         self.prefill_id = PrefillId.of(vllm_config, fingerprint)
+        self._config = vllm_config.model_config.hf_text_config
+        if vllm_config.kv_transfer_config.kv_role == "kv_consumer":
+            check_consumer(vllm_config)
         self._instance = self._check(Path(model)) if is_decoder(model) else None
         if self._instance is not None and vllm_config.kv_transfer_config.is_kv_producer:
             role = vllm_config.kv_transfer_config.kv_role
@@ -48,19 +53,12 @@ class Roles:
                 f"kv_role is {role!r}, but {model} is a decoder: only the base may write K/V that "
                 "others read. Use kv_consumer"
             )
-        lora = getattr(vllm_config, "lora_config", None)
-        self._most: int | None = None
-        if lora is not None and vllm_config.kv_transfer_config.is_kv_producer:
-            on_cpu = vllm_config.device_config.device_type == "cpu"
-            self._most = lora.max_loras - 1 if on_cpu else None
         self._adapters: dict[str, Boundary | ContractError] = {}
         for name, folder in options.decoders.items():
             try:
                 self._adapters[str(folder)] = self._check(folder)
             except ContractError as error:
                 raise ContractError(f"decoder {name}: {error}") from None
-        if self._full:
-            raise VllmError(self._too_many())
 
     def boundary(self, lora_path: str | None) -> Boundary | None:
         """Where the base's part of a request's prompt ends; None for a request to the base.
@@ -79,8 +77,6 @@ class Roles:
         if lora_path not in self._adapters:
             try:
                 self._adapters[lora_path] = self._check(Path(lora_path))
-                if self._full:
-                    self._adapters[lora_path] = ContractError(self._too_many())
             except ContractError as error:
                 self._adapters[lora_path] = error
         found = self._adapters[lora_path]
@@ -88,22 +84,11 @@ class Roles:
             raise found
         return found
 
-    @property
-    def _full(self) -> bool:
-        """Whether the adapters that are served would fill vLLM's last slot."""
-        served = sum(isinstance(found, Boundary) for found in self._adapters.values())
-        return self._most is not None and served > self._most
-
-    def _too_many(self) -> str:
-        assert self._most is not None
-        return (
-            f"--max-loras is {self._most + 1}, and vLLM for CPU applies the adapter in the last "
-            "slot to the base's own requests: give --max-loras one more than there are adapters"
-        )
-
     def _check(self, folder: Path) -> Boundary:
         return check_decoder(
             folder,
             base_fingerprint=self.prefill_id.base_fingerprint,
             kv_dtype=self.prefill_id.cache_dtype,
+            config=self._config,
+            rules=self._rules,
         )

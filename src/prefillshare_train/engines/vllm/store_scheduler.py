@@ -32,6 +32,7 @@ class Work:
             the K/V themselves where none could be.
         stores: (key, block id) to keep after it.
         unfilled: ids of blocks that were promised to a request and are not there; it must fail.
+        failed: ids of the requests that wait for such blocks, in place of a step.
         ended: keys of the prompts that are complete with this step.
         writer: who began them, for `BlockStore.end`.
     """
@@ -39,6 +40,7 @@ class Work:
     loads: list[tuple[int, Path | Tensor]] = field(default_factory=list)
     stores: list[tuple[str, int]] = field(default_factory=list)
     unfilled: set[int] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
     ended: list[str] = field(default_factory=list)
     writer: str = ""
 
@@ -50,6 +52,7 @@ class _Plan:
     tokens: in its prompt. keys: of the prompt's blocks; none where it is more than token ids.
     base_length: prompt tokens that a decoder takes from the base; None for a request to the base.
     refusal: why a decoder's request must fail. saved: blocks of a base's prompt that were written.
+    begun: whether others are told to wait for this prefill.
     first, blocks: what was read and from which block on. since: when it began to wait, in seconds.
     """
 
@@ -58,6 +61,7 @@ class _Plan:
     base_length: int | None = None
     refusal: str | None = None
     saved: int = 0
+    begun: bool = False
     first: int = 0
     blocks: list[Tensor] = field(default_factory=list)
     since: float | None = None
@@ -93,6 +97,7 @@ class StoreScheduler:
         self._recompute = recompute
         self._wait_s = wait_s
         self._plans: dict[str, _Plan] = {}
+        self._prefills: Counter[str] = Counter()  # under way, by the prompt's last key
         self._work = Work(writer=store.id)
         self.counts: Counter[str] = Counter()
 
@@ -111,13 +116,16 @@ class StoreScheduler:
             boundary = self._roles.boundary(adapter.lora_path if adapter else None)
             if boundary is None:
                 if self._produce and keys:
+                    plan.begun = True
+                    self._prefills[keys[-1]] += 1
                     self._store.begin(keys[-1])
                 return
             plan.base_length = plan.tokens - 1
             self._check_readable(request, plain)
             plan.base_length = boundary.base_length(request.prompt_token_ids)
         except (ContractError, ValueError) as error:
-            plan.base_length = plan.tokens - 1
+            # A promise of no token could not fail, so of one token all is promised.
+            plan.base_length = max(1, plan.tokens - 1)
             plan.refusal = str(error)
         # vLLM would leave the connector's tokens out with it, and prefill with the decoder.
         request.skip_reading_prefix_cache = False
@@ -125,9 +133,6 @@ class StoreScheduler:
         exact = plan.refusal is None and not self._recompute
         shared = plan.base_length // self._block_size if exact else 0
         separate(request, shared, self._block_size)
-        if plan.refusal is not None and plan.base_length == 0:
-            self._refuse(request, plan, plan.refusal)
-            request.abort_immediately = True  # there is no token whose load could fail
 
     def _check_readable(self, request: Any, plain: bool) -> None:
         if not plain:
@@ -138,14 +143,21 @@ class StoreScheduler:
         if not self._consume:
             raise ValueError("kv_role is kv_producer, and decoders read: use kv_both")
 
-    def matched(self, request: Any, computed: int) -> int | None:
+    def matched(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """How many prompt tokens beyond `computed` come from the store; None to be asked again.
 
-        A request that must fail is promised all it needs, which then does not come.
+        A request that must fail is promised all it needs, which then does not come. The second
+        value is whether vLLM is to wait for them before it runs the request, as it must where it
+        is promised the whole prompt.
         """
         plan = self._plans[request.request_id]
         if plan.base_length is None:
-            return self._matched_by_base(plan, computed)
+            return self._matched_by_base(plan, computed), False
+        tokens = self._matched_by_decoder(request, plan, computed)
+        return tokens, plan.refusal is not None and plan.base_length == plan.tokens
+
+    def _matched_by_decoder(self, request: Any, plan: _Plan, computed: int) -> int | None:
+        assert plan.base_length is not None
         wanted = plan.base_length - computed
         if wanted <= 0:
             return 0
@@ -224,6 +236,8 @@ class StoreScheduler:
                 end = -(-plan.base_length // self._block_size)
                 first = (plan.base_length - loaded_tokens) // self._block_size
                 self._work.unfilled.update(block_ids[first:end])
+                if plan.base_length == plan.tokens:
+                    self._work.failed.add(request.request_id)
             return
         if loaded_tokens:
             # vLLM copies what goes to a worker of another process: files are lent in place of K/V.
@@ -257,10 +271,13 @@ class StoreScheduler:
             done = end // self._block_size
             if end >= plan.tokens:
                 done = len(plan.keys)
-                work.ended.append(plan.keys[-1])
+                if self._ends(plan):
+                    work.ended.append(plan.keys[-1])
             (ids,) = scheduled.kv_connector_block_state.resolve_block_ids(request_id)
+            # What this step writes may evict: not what it builds on, which a decoder reads next.
+            there = self._store.touch(plan.keys[plan.saved : done])
             for index in range(plan.saved, done):
-                if not self._store.has(plan.keys[index]):
+                if plan.keys[index] not in there:
                     work.stores.append((plan.keys[index], ids[index]))
             plan.saved = max(plan.saved, done)
         if not scheduled.total_num_scheduled_tokens and any(
@@ -272,10 +289,20 @@ class StoreScheduler:
     def finished(self, request: Any) -> None:
         """Forget a request that has ended, in whatever way."""
         plan = self._plans.pop(request.request_id, None)
-        if plan is None or plan.base_length is not None or not self._produce:
-            return
-        if plan.saved < len(plan.keys):
+        if plan is not None and self._ends(plan):
             self._store.end(plan.keys[-1])
+
+    def _ends(self, plan: _Plan) -> bool:
+        """Note that a prefill is over, once; whether it was the last one of its prompt."""
+        if not plan.begun:
+            return False
+        plan.begun = False
+        key = plan.keys[-1]
+        self._prefills[key] -= 1
+        if self._prefills[key]:
+            return False
+        del self._prefills[key]
+        return True
 
 
 def _computed(scheduled: Any) -> Iterable[tuple[str, int]]:

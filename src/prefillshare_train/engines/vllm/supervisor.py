@@ -85,6 +85,7 @@ class Supervisor:
         self._ready_timeout_s = ready_timeout_s
         self._restarts = restarts
         self._started_again: dict[str, deque[float]] = {}
+        self._not_ready_since: dict[str, float] = {}
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -105,6 +106,8 @@ class Supervisor:
     def watch(self) -> None:
         """Keep them up until asked to stop.
 
+        One that was started again and is not ready in time counts as ended.
+
         Raises:
             VllmError: one has ended more often than the policy allows, with its last lines.
         """
@@ -112,7 +115,9 @@ class Supervisor:
             for process in self._all():
                 code = process.exit_code()
                 if code is not None:
-                    self._start_again(process, code)
+                    self._start_again(process, _how(code))
+                elif process.name in self._not_ready_since:
+                    self._check_ready(process)
 
     def _start(self, stage: Sequence[Process]) -> None:
         began = told = time.monotonic()
@@ -126,7 +131,7 @@ class Supervisor:
             for started in self._all():
                 code = started.exit_code()
                 if code is not None:
-                    raise _ended(started, code, "as the deployment started")
+                    raise _ended(started, _how(code), "as the deployment started")
             now = time.monotonic()
             for process in [p for p in waiting if p.is_ready()]:
                 waiting.remove(process)
@@ -143,20 +148,29 @@ class Supervisor:
                 names = ", ".join(process.name for process in waiting)
                 self._tell(f"waiting for {names} ({now - began:.0f} s)")
 
-    def _start_again(self, process: Process, code: int) -> None:
+    def _check_ready(self, process: Process) -> None:
+        waited = time.monotonic() - self._not_ready_since[process.name]
+        if process.is_ready():
+            del self._not_ready_since[process.name]
+            self._tell(f"{process.name}: ready again after {waited:.0f} s")
+        elif waited > self._ready_timeout_s:
+            self._start_again(process, f"was not ready after {self._ready_timeout_s:g} s")
+
+    def _start_again(self, process: Process, how: str) -> None:
         times = self._started_again.setdefault(process.name, deque())
         now = time.monotonic()
         while times and now - times[0] > self._restarts.window_s:
             times.popleft()
         if len(times) >= self._restarts.times:
-            raise _ended(process, code, f"after {len(times)} restarts")
+            raise _ended(process, how, f"after {len(times)} restarts")
         times.append(now)
         self._tell(
-            f"{process.name}: ended with status {code}, starting it again "
+            f"{process.name}: {how}, starting it again "
             f"({len(times)} of {self._restarts.times}); its last lines:\n{process.last_lines()}"
         )
         process.stop()  # what it left of its children
         process.start()
+        self._not_ready_since[process.name] = time.monotonic()
 
     def _stop_all(self) -> None:
         with contextlib.ExitStack() as last_first:  # goes on where one cannot be stopped
@@ -173,8 +187,11 @@ def _stop_together(stage: Sequence[Process]) -> None:
         list(pool.map(lambda process: process.stop(), stage))
 
 
-def _ended(process: Process, code: int, when: str) -> VllmError:
-    how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
+def _how(code: int) -> str:
+    return f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
+
+
+def _ended(process: Process, how: str, when: str) -> VllmError:
     return VllmError(
         f"{process.name} {how} {when}; everything else was stopped. The end of {process.log}:\n"
         + process.last_lines()

@@ -18,7 +18,7 @@ import yaml
 
 from prefillshare_train.engines.vllm.claims import claimed
 from prefillshare_train.engines.vllm.errors import VllmError
-from prefillshare_train.engines.vllm.fingerprint import base_fingerprint
+from prefillshare_train.engines.vllm.fingerprint import base_config, base_fingerprint
 from prefillshare_train.engines.vllm.instance import InstanceOptions
 from prefillshare_train.engines.vllm.launches import (
     NIXL_PORTS_ABOVE,
@@ -38,6 +38,7 @@ from prefillshare_train.serving.server.config import ServerConfig
 
 _LOOPBACK = "127.0.0.1"
 _AFTER_DRAIN_S = 10.0
+_DEVICES = Path("/dev")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 Tell = Callable[[str], None]
 
@@ -109,7 +110,8 @@ def run_up(
         fingerprint, dtype = common_contract(topology, settings.dtype)
         tell(f"checking {len(topology.decoders)} decoders against the base {topology.base}")
         found = base_fingerprint(topology.base)
-        check_contracts(topology, base_fingerprint=found, kv_dtype=dtype)
+        config = base_config(topology.base)
+        check_contracts(topology, base_fingerprint=found, kv_dtype=dtype, config=config)
         names = [f"{p.name}-{i}" for p in topology.pools for i in range(p.replicas)]
         ports = _ports(topology, options, len(names))
         about = {"logs": str(options.run_dir.absolute()), "base": topology.base}
@@ -142,7 +144,7 @@ def run_up(
         tell("stopped")
 
 
-def share_devices(available: Sequence[int], count: int) -> list[str]:
+def share_devices(available: Sequence[int | str], count: int) -> list[str]:
     """Cores or GPUs of each of `count` instances: neighbours, as evenly as they go.
 
     Where there are fewer than instances, several get the same one.
@@ -208,13 +210,13 @@ def _devices(
     return dict(zip(names, shares, strict=True)) | dict(options.devices)
 
 
-def _visible_gpus() -> list[int]:
-    """Of this process; none where their number cannot be told, and vLLM then chooses itself."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if all(part.strip().isdigit() for part in named):
-        return [int(part) for part in named]
-    nodes = Path("/dev").glob("nvidia[0-9]*")
-    return sorted(int(node.name.removeprefix("nvidia")) for node in nodes)
+def _visible_gpus() -> list[str]:
+    """What this process may use: indices, or the UUIDs that a batch system gave it."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [part.strip() for part in named.split(",") if part.strip()]
+    # CUDA counts from 0 what a container was given, whatever its devices are called.
+    return [str(index) for index in range(len(list(_DEVICES.glob("nvidia[0-9]*"))))]
 
 
 def _ports(topology: Topology, options: UpOptions, count: int) -> list[int]:

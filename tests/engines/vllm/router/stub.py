@@ -180,13 +180,19 @@ class Stub:
             assert body["kv_transfer_params"]["do_remote_decode"] is True
             ticket = f"ticket-{next(self.ledger.numbers)}"
             self.ledger.tickets[ticket] = body["prompt"]
-            answer["kv_transfer_params"] = {"do_remote_prefill": True, "remote_block_ids": [ticket]}
+            answer["kv_transfer_params"] = {
+                "do_remote_prefill": True,
+                "remote_block_ids": [ticket],
+                "remote_prefill_cached_tokens": self.cached,
+            }
         return JSONResponse(answer)
 
     def _has_prefix(self, body: dict[str, Any]) -> bool:
         if self.handover == "store":
             return body["prompt"] in self.ledger.store
         params = body.get("kv_transfer_params") or {}
+        if "remote_prefill_cached_tokens" in params:
+            self.ledger.violations.append("vLLM would tell the base's hits as the decoder's")
         for ticket in params.get("remote_block_ids") or []:
             prompt = self.ledger.tickets.pop(ticket, None)
             if prompt is None:

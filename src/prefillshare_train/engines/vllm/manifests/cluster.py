@@ -12,6 +12,11 @@ HTTP_PORT = 8000
 CONFIG_PLACE = "/etc/prefillshare/router.yaml"
 STORE_PLACE = "/var/lib/prefillshare/store"
 ROUTER_COMMAND = ("python3", "-m", "prefillshare_train.engines.vllm.router", CONFIG_PLACE)
+HUB_PLACE = "/var/lib/prefillshare/hub"
+"""Where containers keep what they fetch from the hub."""
+HUB_TOKEN = "HF_TOKEN"
+DRAIN_S = 30
+"""How long running requests may go on after SIGTERM."""
 KEYS = ("PREFILLSHARE_API_KEY", "VLLM_API_KEY")
 """Secrets: what clients send to the router, and what the router sends to the instances."""
 
@@ -51,6 +56,7 @@ class Cluster:
         store_gib: size of the store; None on the route that has none.
         max_replicas: to which autoscaling may take a pool.
         namespace: of Kubernetes.
+        monitoring_namespace: from which Prometheus reads the metrics of instances.
     """
 
     launches: tuple[PoolLaunch, ...]
@@ -63,3 +69,14 @@ class Cluster:
     store_gib: int | None
     max_replicas: int
     namespace: str
+    monitoring_namespace: str
+
+    @property
+    def from_hub(self) -> bool:
+        """Whether a model is fetched from the hub, which may ask for a token."""
+        return not all(self.models.values())
+
+    @property
+    def shares_store(self) -> bool:
+        """Whether instances read blocks that others wrote: not so where one process does both."""
+        return any(launch.pool.role != "both" for launch in self.launches)

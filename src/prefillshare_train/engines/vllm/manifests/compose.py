@@ -6,7 +6,10 @@ from typing import Any
 
 from prefillshare_train.engines.vllm.manifests.cluster import (
     CONFIG_PLACE,
+    DRAIN_S,
     HTTP_PORT,
+    HUB_PLACE,
+    HUB_TOKEN,
     KEYS,
     ROUTER_COMMAND,
     STORE_PLACE,
@@ -19,6 +22,8 @@ ROUTER_FILE = "router.compose.yaml"
 COMPOSE_HEAD = """\
 # docker compose up, with PREFILLSHARE_API_KEY and VLLM_API_KEY in the environment or in .env; the
 # Dockerfile beside this builds the image. Clients find the router at http://127.0.0.1:8000/v1.
+# A base that is named by its hub id is fetched once, into the volume hub; HF_TOKEN in the
+# environment opens a gated one.
 """
 _GIB = 1 << 30
 
@@ -38,24 +43,27 @@ def compose_file(cluster: Cluster) -> dict[str, Any]:
     services["router"] = {
         "image": cluster.image,
         "entrypoint": list(ROUTER_COMMAND),
-        "environment": {name: _required(name) for name in KEYS},
+        "environment": {name: _required(name) for name in KEYS} | _hub(cluster),
         "ports": [f"127.0.0.1:8000:{HTTP_PORT}"],
         "configs": [{"source": "router", "target": CONFIG_PLACE}],
         "volumes": _models(cluster),
         "depends_on": {name: {"condition": "service_healthy"} for name in services},
         "healthcheck": _health("/ready", start_period="60s"),
         "restart": "unless-stopped",
-        "stop_grace_period": "60s",
+        "stop_grace_period": f"{2 * DRAIN_S}s",
     }
     content: dict[str, Any] = {
         "name": "prefillshare",
         "services": services,
         "configs": {"router": {"file": f"./{ROUTER_FILE}"}},
     }
+    if cluster.from_hub:
+        content["volumes"] = {"hub": {}}
     if cluster.store_gib is not None:
         size = (cluster.store_gib + max(1, cluster.store_gib // 10)) * _GIB
         options = {"type": "tmpfs", "device": "tmpfs", "o": f"size={size}"}
-        content["volumes"] = {"store": {"driver": "local", "driver_opts": options}}
+        store = {"driver": "local", "driver_opts": options}
+        content["volumes"] = content.get("volumes", {}) | {"store": store}
     return content
 
 
@@ -71,13 +79,17 @@ def _instance(cluster: Cluster, launch: PoolLaunch, gpus: range) -> dict[str, An
     service: dict[str, Any] = {
         "image": cluster.image,
         "entrypoint": command,
-        "environment": {**launch.environment, "VLLM_API_KEY": _required("VLLM_API_KEY")},
+        "environment": {
+            **launch.environment,
+            "VLLM_API_KEY": _required("VLLM_API_KEY"),
+            **_hub(cluster),
+        },
         "expose": [str(HTTP_PORT)],
         "volumes": volumes,
         "shm_size": "8gb",
         "healthcheck": _health("/health", start_period="20m"),
         "restart": "unless-stopped",
-        "stop_grace_period": "60s",
+        "stop_grace_period": f"{2 * DRAIN_S}s",
     }
     if gpus:
         device = {
@@ -93,8 +105,13 @@ def _names(pool: Pool) -> list[str]:
     return [f"{pool.name}-{index}" for index in range(pool.replicas)]
 
 
+def _hub(cluster: Cluster) -> dict[str, str]:
+    return {HUB_TOKEN: f"${{{HUB_TOKEN}:-}}", "HF_HOME": HUB_PLACE} if cluster.from_hub else {}
+
+
 def _models(cluster: Cluster) -> list[dict[str, Any]]:
-    return [
+    hub = {"type": "volume", "source": "hub", "target": HUB_PLACE}
+    return ([hub] if cluster.from_hub else []) + [
         {
             "type": "bind",
             "source": place,

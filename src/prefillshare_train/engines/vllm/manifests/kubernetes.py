@@ -12,9 +12,13 @@ from typing import Any
 
 import yaml
 
+from prefillshare_train.engines.vllm.manifests.autoscaling import ADAPTER_RULE, scaler
 from prefillshare_train.engines.vllm.manifests.cluster import (
     CONFIG_PLACE,
+    DRAIN_S,
     HTTP_PORT,
+    HUB_PLACE,
+    HUB_TOKEN,
     KEYS,
     ROUTER_COMMAND,
     STORE_PLACE,
@@ -32,23 +36,17 @@ _STORE = "prefillshare-store"
 _CONFIG = "prefillshare-router"
 # A large model takes minutes to load; a pod that has not by then is started anew.
 _START_TRIES, _START_PERIOD_S = 120, 10
-_DRAIN_S = 30
-# What a pool scales by: metrics of vLLM's own /metrics, as a Prometheus adapter names them.
-_SCALE_BY = {
-    "prefill": ("vllm_num_requests_waiting", "2"),
-    "decode": ("vllm_kv_cache_usage_perc", "800m"),
-    "both": ("vllm_num_requests_waiting", "2"),
-}
 
 _HEAD = """\
 # kubectl apply -f kubernetes.yaml, after
 #   kubectl create namespace {namespace}
 #   kubectl -n {namespace} create secret generic prefillshare-keys \\
-#     --from-literal=PREFILLSHARE_API_KEY=... --from-literal=VLLM_API_KEY=...
-# The claim prefillshare-models must hold each model in a folder of its name (base, then the
-# decoders'), as the containers see them under {model_root}.
-# The autoscalers read metrics of vLLM through a Prometheus adapter; without one they do nothing.
-"""
+#     --from-literal=PREFILLSHARE_API_KEY=... --from-literal=VLLM_API_KEY=...{token}
+# The claim prefillshare-models must hold these folders, seen by the containers under {model_root}:
+{models}
+# The autoscalers read vLLM's metrics through prometheus-adapter, by the rule below; without it
+# they do nothing. Prometheus is let in from the namespace {monitoring}.
+{rule}"""
 
 
 def replica_addresses(pool: Pool, replicas: int) -> tuple[str, ...]:
@@ -70,10 +68,8 @@ def kubernetes_objects(cluster: Cluster, router: dict[str, Any]) -> list[Object]
         },
         _claim(cluster, _MODELS, "ReadWriteMany", "200Gi"),
     ]
-    if cluster.store_gib is not None:
-        # Room for blocks that are being written beside the budget.
-        size = f"{cluster.store_gib + max(1, cluster.store_gib // 10)}Gi"
-        objects.append(_claim(cluster, _STORE, "ReadWriteMany", size))
+    if cluster.store_gib is not None and cluster.shares_store:
+        objects.append(_claim(cluster, _STORE, "ReadWriteMany", _store_size(cluster.store_gib)))
     objects.append(
         {
             "apiVersion": "v1",
@@ -91,9 +87,16 @@ def kubernetes_objects(cluster: Cluster, router: dict[str, Any]) -> list[Object]
 
 def kubernetes_text(objects: list[Object], cluster: Cluster) -> str:
     """The file's content."""
-    return _HEAD.format(namespace=cluster.namespace, model_root=cluster.model_root) + (
-        yaml.safe_dump_all(objects, sort_keys=False)
+    held = [f"#   {name}, from {place}" for name, place in cluster.models.items() if place]
+    head = _HEAD.format(
+        namespace=cluster.namespace,
+        model_root=cluster.model_root,
+        monitoring=cluster.monitoring_namespace,
+        models="\n".join(held),
+        token=f" \\\n#     --from-literal={HUB_TOKEN}=..." if cluster.from_hub else "",
+        rule="".join(f"#   {line}\n" for line in ADAPTER_RULE.splitlines()),
     )
+    return head + yaml.safe_dump_all(objects, sort_keys=False)
 
 
 def _pool_objects(cluster: Cluster, launch: PoolLaunch) -> list[Object]:
@@ -125,43 +128,22 @@ def _pool_objects(cluster: Cluster, launch: PoolLaunch) -> list[Object]:
                     "annotations": _scraped(),
                 },
                 "spec": {
-                    "terminationGracePeriodSeconds": 2 * _DRAIN_S,
+                    "terminationGracePeriodSeconds": 2 * DRAIN_S,
                     "containers": [_instance(cluster, launch)],
                     "volumes": _instance_volumes(cluster),
                 },
             },
         },
     }
-    metric, target = _SCALE_BY[pool.role]
-    scaler = {
-        "apiVersion": "autoscaling/v2",
-        "kind": "HorizontalPodAutoscaler",
-        "metadata": _metadata(cluster, pool.name, pool.name),
-        "spec": {
-            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": pool.name},
-            "minReplicas": pool.replicas,
-            "maxReplicas": max(pool.replicas, cluster.max_replicas),
-            "metrics": [
-                {
-                    "type": "Pods",
-                    "pods": {
-                        "metric": {"name": metric},
-                        "target": {"type": "AverageValue", "averageValue": target},
-                    },
-                }
-            ],
-            # An instance takes minutes to start, and takes its kept prefixes with it as it goes.
-            "behavior": {"scaleDown": {"stabilizationWindowSeconds": 900}},
-        },
-    }
-    return [headless, pods, scaler]
+    grown = scaler(pool, _metadata(cluster, pool.name, pool.name), cluster.max_replicas)
+    return [headless, pods, grown]
 
 
 def _instance(cluster: Cluster, launch: PoolLaunch) -> Object:
     environment: list[Object] = [
         {"name": name, "value": value} for name, value in launch.environment.items()
     ]
-    environment.append(_from_secret("VLLM_API_KEY"))
+    environment += [_from_secret("VLLM_API_KEY"), *_hub(cluster)]
     if launch.side_channel:
         address = {"fieldRef": {"fieldPath": "status.podIP"}}
         environment.append({"name": "VLLM_NIXL_SIDE_CHANNEL_HOST", "valueFrom": address})
@@ -174,6 +156,8 @@ def _instance(cluster: Cluster, launch: PoolLaunch) -> Object:
     ]
     if cluster.store_gib is not None:
         mounts.append({"name": "store", "mountPath": STORE_PLACE})
+    if cluster.from_hub:
+        mounts.append({"name": "hub", "mountPath": HUB_PLACE})
     health = {"httpGet": {"path": "/health", "port": "http"}, "timeoutSeconds": 5}
     return {
         "name": "vllm",
@@ -200,8 +184,28 @@ def _instance_volumes(cluster: Cluster) -> list[Object]:
         {"name": "shm", "emptyDir": {"medium": "Memory"}},
     ]
     if cluster.store_gib is not None:
-        volumes.append({"name": "store", "persistentVolumeClaim": {"claimName": _STORE}})
+        store: Object = {"persistentVolumeClaim": {"claimName": _STORE}}
+        if not cluster.shares_store:
+            store = {"emptyDir": {"sizeLimit": _store_size(cluster.store_gib)}}
+        volumes.append({"name": "store", **store})
+    if cluster.from_hub:
+        volumes.append({"name": "hub", "emptyDir": {}})
     return volumes
+
+
+def _store_size(gib: int) -> str:
+    """With room for blocks that are being written beside the budget."""
+    return f"{gib + max(1, gib // 10)}Gi"
+
+
+def _hub(cluster: Cluster) -> list[Object]:
+    if not cluster.from_hub:
+        return []
+    key = {"name": _SECRET, "key": HUB_TOKEN, "optional": True}
+    return [
+        {"name": HUB_TOKEN, "valueFrom": {"secretKeyRef": key}},
+        {"name": "HF_HOME", "value": HUB_PLACE},
+    ]
 
 
 def _router_objects(cluster: Cluster) -> list[Object]:
@@ -211,7 +215,7 @@ def _router_objects(cluster: Cluster) -> list[Object]:
         "name": "router",
         "image": cluster.image,
         "command": list(ROUTER_COMMAND),
-        "env": [_from_secret(name) for name in KEYS],
+        "env": [*map(_from_secret, KEYS), *_hub(cluster)],
         "ports": [{"name": "http", "containerPort": HTTP_PORT}],
         "startupProbe": {
             "httpGet": {"path": "/health", "port": "http"},
@@ -228,6 +232,7 @@ def _router_objects(cluster: Cluster) -> list[Object]:
         "volumeMounts": [
             {"name": "config", "mountPath": CONFIG_PLACE, "subPath": "router.yaml"},
             {"name": "models", "mountPath": cluster.model_root, "readOnly": True},
+            *([{"name": "hub", "mountPath": HUB_PLACE}] if cluster.from_hub else []),
         ],
     }
     models = {"claimName": _MODELS, "readOnly": True}
@@ -245,11 +250,12 @@ def _router_objects(cluster: Cluster) -> list[Object]:
                     "annotations": _scraped(),
                 },
                 "spec": {
-                    "terminationGracePeriodSeconds": 2 * _DRAIN_S,
+                    "terminationGracePeriodSeconds": 2 * DRAIN_S,
                     "containers": [container],
                     "volumes": [
                         {"name": "config", "configMap": {"name": _CONFIG}},
                         {"name": "models", "persistentVolumeClaim": models},
+                        *([{"name": "hub", "emptyDir": {}}] if cluster.from_hub else []),
                     ],
                 },
             },
@@ -268,7 +274,8 @@ def _router_objects(cluster: Cluster) -> list[Object]:
 
 
 def _network_policy(cluster: Cluster) -> Object:
-    """Instances answer each other and the router: NIXL's handshake asks for no key."""
+    """Instances answer each other, the router and Prometheus: NIXL's handshake asks for no key."""
+    monitoring = {"kubernetes.io/metadata.name": cluster.monitoring_namespace}
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -284,7 +291,13 @@ def _network_policy(cluster: Cluster) -> Object:
                 ]
             },
             "policyTypes": ["Ingress"],
-            "ingress": [{"from": [{"podSelector": {"matchLabels": dict(_PART_OF)}}]}],
+            "ingress": [
+                {"from": [{"podSelector": {"matchLabels": dict(_PART_OF)}}]},
+                {
+                    "from": [{"namespaceSelector": {"matchLabels": monitoring}}],
+                    "ports": [{"protocol": "TCP", "port": HTTP_PORT}],
+                },
+            ],
         },
     }
 

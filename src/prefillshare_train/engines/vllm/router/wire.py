@@ -116,7 +116,10 @@ def decode_body(
     if request.cache_salt is not None:
         body["cache_salt"] = request.cache_salt
     if ticket is not None:
-        body["kv_transfer_params"] = dict(ticket)
+        # vLLM would pass the base's own hits off as the prompt tokens that the decoder got.
+        body["kv_transfer_params"] = {
+            key: value for key, value in ticket.items() if key != "remote_prefill_cached_tokens"
+        }
     return body
 
 
