@@ -2,31 +2,53 @@
 
     python -m tests.serving.soak --minutes 30
 
-Checks, while it runs and at the end, that every answer that was not cut off is what `core.generate`
-gives, that no block is lost, and that memory does not grow after the warm-up.
+Requests go to the engine, and to a server over it whose clients hang up. Checks, while it runs and
+at the end, that every answer that was not cut off is what `core.generate` gives, that no block is
+lost, and that memory does not grow with the requests. Prefill workers are processes, of which one
+is killed half-way; `--threads` makes them threads, as CI has it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import gc
+import logging
+import os
 import random
+import signal
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
+import numpy as np
 import psutil
 from tests.serving.served import DECODERS, Collector, Oracle, engine_of, load_served, save_served
 from tests.serving.served import request as make_request
+from tests.serving.server.serving import Served, serve
 from tqdm import tqdm
 
 from prefillshare_train.serving.api import GenerationRequest, QueueFullError
+from prefillshare_train.serving.disaggregated import ProcessWorker
 from prefillshare_train.serving.engine import Engine
+from prefillshare_train.serving.models import ServedModels
+from prefillshare_train.serving.sequence import Sequence
 from prefillshare_train.serving.workers import PrefillReport
 
 _SESSIONS = 24
 _LONGEST = 120
+_IDLE_S = 0.5
+_PATIENCE = 5
+"""Times its length that a soak goes on on a slow machine, until enough has happened."""
+_GROWN_BYTES = 512
+"""A request may leave so many behind; one that is kept whole has several thousand."""
+_WAVER_BYTES = 8 << 20
+"""The allocator's own steps, which do not come again with further requests."""
 
 
 @dataclass
@@ -35,30 +57,60 @@ class SoakResult:
 
     Attributes:
         answered, cut_off: requests that ended by themselves, and that were cancelled.
+        hung_up: clients of the server that left before their answer; `noticed` by the server.
         ties: answers that took the other of two tokens whose logits are equal to rounding.
         wrong: answers that differ from `core.generate` in any other way.
         evicted, staged: blocks.
-        lost_blocks: blocks still held once nothing ran and no session was left.
-        grown_mib: resident memory at the end, over that after the warm-up.
+        lost_blocks: blocks still held once nothing ran and no session was left: just before the
+            worker was killed, its own among them, and at the end.
+        alive: prefill workers at the end.
+        memory: (requests so far, resident bytes) at rest, from the end of the warm-up on.
+        left_over: most requests that were in memory at rest.
     """
 
     answered: int = 0
     cut_off: int = 0
+    hung_up: int = 0
+    noticed: int = 0
     refused: int = 0
     ties: int = 0
     wrong: list[str] = field(default_factory=list)
     evicted: int = 0
     staged: int = 0
     lost_blocks: int = 0
-    grown_mib: float = 0.0
+    alive: int = 0
+    memory: list[tuple[int, int]] = field(default_factory=list)
+    left_over: int = 0
+
+    @property
+    def lacks_evidence(self) -> bool:
+        """Whether too little has happened yet to prove anything."""
+        return self.answered <= 100 or min(self.cut_off, self.hung_up) <= 10
+
+    @property
+    def grown_bytes_per_request(self) -> float:
+        """Slope of the line through `memory`."""
+        requests, resident = np.array(self.memory, dtype=float).T
+        return float(np.polyfit(requests, resident, 1)[0])
+
+    @property
+    def grows(self) -> bool:
+        """Whether memory grows with the requests."""
+        requests = self.memory[-1][0] - self.memory[0][0]
+        return self.grown_bytes_per_request > _GROWN_BYTES + _WAVER_BYTES / requests
 
 
 class _Soak:
-    def __init__(self, engine: Engine, oracle: Oracle, seed: int) -> None:
-        self.engine, self.oracle = engine, oracle
+    def __init__(
+        self, engine: Engine, models: ServedModels, server: Served, oracle: Oracle, seed: int
+    ) -> None:
+        self.engine, self.models, self.server, self.oracle = engine, models, server, oracle
         self.chosen = random.Random(seed)
         self.contexts: dict[int, tuple[int, ...]] = {}
         self.flying: dict[str, tuple[GenerationRequest, Collector, bool]] = {}
+        self.leaving: list[Future[None]] = []
+        self.clients = ThreadPoolExecutor(4, thread_name_prefix="clients")
+        self.sent = 0
         self.result = SoakResult()
 
     def send(self) -> None:
@@ -68,6 +120,10 @@ class _Soak:
         fresh = [self.chosen.randrange(10, 200) for _ in range(self.chosen.randrange(4, 24))]
         prompt = (*context, *fresh)
         ends = len(prompt) > _LONGEST or self.chosen.random() < 0.05
+        self.sent += 1
+        if self.chosen.random() < 0.1:
+            self.leaving.append(self.clients.submit(self.hang_up, prompt, self.chosen.random()))
+            return
         one = make_request(
             self.chosen.choice([*DECODERS, "base"]),
             prompt,
@@ -83,11 +139,30 @@ class _Soak:
         except QueueFullError:
             self.result.refused += 1
             return
-        cut = self.chosen.random() < 0.15
+        cut = self.chosen.random() < 0.1
         self.flying[one.request_id] = (one, found, cut)
+
+    def hang_up(self, prompt: tuple[int, ...], chance: float) -> None:
+        """Ask the server for a long answer, and leave at some time before its end."""
+        body = {"model": "math", "prompt": list(prompt), "max_tokens": 200, "ignore_eos": True}
+        body |= {"session_id": f"gone{chance}"}
+        patience = httpx.Timeout(20, read=None if chance < 0.5 else 0.1 * chance)
+        with (
+            contextlib.suppress(httpx.ReadTimeout),
+            httpx.Client(base_url=self.server.http.base_url, timeout=patience) as client,
+        ):
+            if chance >= 0.5:
+                client.post("/v1/completions", json=body)
+                return
+            with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+                next(answer.iter_lines(), None)
 
     def check(self) -> None:
         """Cancel some that run; compare those that have ended."""
+        for future in [future for future in self.leaving if future.done()]:
+            future.result()
+            self.leaving.remove(future)
+            self.result.hung_up += 1
         for name, (one, found, cut) in list(self.flying.items()):
             if not found.done(name):
                 if cut and self.chosen.random() < 0.3:
@@ -109,46 +184,118 @@ class _Soak:
                 self.result.wrong.append(f"{one.decoder}: {answer.token_ids} for {expected}")
 
     def settle(self) -> None:
-        """Wait until nothing runs."""
-        while self.flying:
+        """Wait until nothing runs and no session is left; blocks that are held then are lost."""
+        deadline = time.monotonic() + 120
+        while self.flying or self.leaving or self._running():
+            assert time.monotonic() < deadline, self.engine.stats()
             self.check()
             time.sleep(0.01)
+        for session in range(_SESSIONS):
+            self.engine.end_session(f"s{session}")
+        self.contexts.clear()
+        # Sessions of clients that left end by themselves, and what one sent may come in after it.
+        time.sleep(3 * _IDLE_S)
+        self.result.lost_blocks += _once_at_rest(lambda: self.engine.stats().blocks_used)
+
+    def _running(self) -> int:
+        stats = self.engine.stats()
+        return stats.waiting + stats.prefilling + stats.decoding
+
+    def look_at_memory(self, processes: list[psutil.Process]) -> None:
+        """At rest, with what was freed given back."""
+        self.settle()
+        self.oracle.forget()
+        self.result.left_over = max(self.result.left_over, _once_at_rest(self._in_memory))
+        ctypes.CDLL(None).malloc_trim(0)
+        resident = sum(process.memory_info().rss for process in processes)
+        self.result.memory.append((self.sent, resident))
+
+    def _in_memory(self) -> int:
+        """Requests to this soak's own models: the process may have served others before."""
+        gc.collect()
+        mine = {id(decoder) for decoder in self.models.decoders.values()}
+        found = (thing for thing in gc.get_objects() if isinstance(thing, Sequence))
+        return sum(id(one.decoder) in mine for one in found)
+
+    def kill_a_worker(self) -> None:
+        """In the middle of its work; what it had lost before is counted first."""
+        self.settle()
+        for _ in range(12):
+            self.send()
+        worker = self.engine._loop.workers[0]
+        if isinstance(worker, ProcessWorker):
+            assert worker.process.pid is not None
+            os.kill(worker.process.pid, signal.SIGKILL)
+        else:
+            lost = PrefillReport(0, 0.0, "killed by the soak", lost=True)
+            self.engine._loop.receive(lost)
 
 
-def soak(folder: Path, seconds: float, seed: int = 0, *, progress: bool = False) -> SoakResult:
-    """Run for so many seconds on the tiny models saved in `folder`."""
-    models, oracle = load_served(folder), Oracle(folder)
-    options = {"prefill_workers": 2, "session_tokens": 48, "session_idle_s": 0.5}
-    process = psutil.Process()
-    with engine_of(models, 160, staging_bytes=60_000, max_waiting=32, **options) as engine:
-        run = _Soak(engine, oracle, seed)
-        start, warm, killed = time.monotonic(), 0.0, False
+def _once_at_rest(count: Callable[[], int]) -> int:
+    """A count that falls to 0 unless something is lost; what is left of it after a while."""
+    deadline = time.monotonic() + 20
+    while (left := count()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left
+
+
+def soak(
+    folder: Path,
+    seconds: float,
+    seed: int = 0,
+    *,
+    disaggregated: bool = False,
+    looks: int = 4,
+    progress: bool = False,
+) -> SoakResult:
+    """Run for so many seconds on the tiny models saved in `folder`.
+
+    Args:
+        disaggregated: prefill workers are processes.
+        looks: at memory, from a quarter of the time on; all waits for nothing to run then.
+    """
+    with _running(folder, seed, disaggregated) as run:
+        engine = run.engine
+        processes = [psutil.Process()]
+        if isinstance(survivor := engine._loop.workers[1], ProcessWorker):
+            processes.append(psutil.Process(survivor.process.pid))
+        start, killed = time.monotonic(), False
+        times = [seconds * (0.25 + 0.75 * n / looks) for n in range(looks)]
         with tqdm(total=round(seconds), unit="s", disable=not progress) as bar:
-            while (passed := time.monotonic() - start) < seconds:
+            while (passed := time.monotonic() - start) < seconds or (
+                run.result.lacks_evidence and passed < _PATIENCE * seconds
+            ):
                 bar.update(int(passed) - bar.n)
-                if len(run.flying) < 24:
+                if len(run.flying) + len(run.leaving) < 24:
                     run.send()
                 run.check()
-                if not warm and passed > seconds / 4:
-                    run.settle()
-                    oracle.forget()
-                    gc.collect()
-                    warm = process.memory_info().rss
+                if times and passed > times[0]:
+                    times.pop(0)
+                    run.look_at_memory(processes)
                 if not killed and passed > seconds / 2:
                     killed = True
-                    engine._loop.receive(PrefillReport(0, 0.0, "killed by the soak", lost=True))
-        run.settle()
-        for session in range(_SESSIONS):
-            engine.end_session(f"s{session}")
-        time.sleep(0.3)
+                    run.kill_a_worker()
+        run.look_at_memory(processes)
         stats = engine.stats()
-        oracle.forget()
-        gc.collect()
-        run.result.grown_mib = (process.memory_info().rss - warm) / (1 << 20)
-        run.result.lost_blocks = stats.blocks_used
+        run.result.alive = stats.workers_alive
         run.result.evicted = stats.evicted_blocks
         run.result.staged = stats.staged_in_bytes // stats.block_bytes
+        metrics = run.server.http.get("/metrics").text.splitlines()
+        [noticed] = [line for line in metrics if line.startswith("prefillshare_clients_gone_total")]
+        run.result.noticed = round(float(noticed.split()[1]))
     return run.result
+
+
+@contextlib.contextmanager
+def _running(folder: Path, seed: int, disaggregated: bool) -> Iterator[_Soak]:
+    models, oracle = load_served(folder), Oracle(folder)
+    options = {"prefill_workers": 2, "session_tokens": 48, "session_idle_s": _IDLE_S}
+    options |= {"staging_bytes": 60_000, "max_waiting": 32, "disaggregated": disaggregated}
+    with engine_of(models, 200, **options) as engine, serve(engine) as server:
+        logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
+        run = _Soak(engine, models, server, oracle, seed)
+        with run.clients:
+            yield run
 
 
 def main() -> None:
@@ -156,10 +303,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", action="store_true", help="prefill workers are threads")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         save_served(Path(folder))
-        print(soak(Path(folder), 60 * options.minutes, options.seed, progress=True))
+        found = soak(
+            Path(folder),
+            60 * options.minutes,
+            options.seed,
+            disaggregated=not options.threads,
+            looks=max(4, round(options.minutes)),
+            progress=True,
+        )
+    print(found, f"{found.grown_bytes_per_request:.0f} bytes a request", sep="\n")
+    if found.wrong or found.lost_blocks or found.left_over or found.grows:
+        raise SystemExit("FAILED: something is wrong, lost, left over or growing; see above")
 
 
 if __name__ == "__main__":

@@ -232,7 +232,9 @@ def test_an_isolated_session_keeps_each_decoders_blocks(models: ServedModels) ->
     for _ in range(2):
         for name in ("math", "code"):
             run(engine, [request(name, range(10, 40), 4, session="s")])
-    assert engine.stats().sessions == 2
+    stats = engine.stats()
+    assert stats.sessions == 1
+    assert stats.blocks_used == 2 * 8, "a prompt of 29 tokens in blocks of 4, for each decoder"
     engine.end_session("s")
     engine.step()
     assert engine.stats().sessions == 0

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import queue
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Client
+from multiprocessing.connection import Client, Connection
+from typing import Any
 
 import pytest
 from tests.serving.served import DECODERS, Collector, Oracle, engine_of, request
 
+from prefillshare_train.core.contract import weights_fingerprint
+from prefillshare_train.serving import engine as engine_module
+from prefillshare_train.serving import remote, wire
 from prefillshare_train.serving.api import ServingError
 from prefillshare_train.serving.kv_storage import KVGeometry, KVStorage
+from prefillshare_train.serving.lane import Piece
 from prefillshare_train.serving.models import ServedModels
-from prefillshare_train.serving.remote import Hello, PrefillServer, RemoteWorker, parse_address
+from prefillshare_train.serving.remote import PrefillServer, RemoteWorker, hello_of, parse_address
+from prefillshare_train.serving.workers import PrefillReport
 
 KEY = "a secret"
 
@@ -80,8 +90,32 @@ def test_strangers_are_turned_away_and_the_worker_stays(models: ServedModels) ->
             assert engine.generate(request("math", range(10, 20), 2)).token_ids
     with (
         worker(models, fingerprint="sha256:other") as server,
-        pytest.raises(ServingError, match=r"refuses: it serves Hello.*sha256:other"),
+        pytest.raises(ServingError, match=r"refuses: .*: base_fingerprint is 'sha256:other' here"),
     ):
+        engine_of(models, prefill_addresses=(address(server),), prefill_key=KEY)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}},
+            r"config\.rope_parameters is \{.*777\.0.*\} here and \{.*\} in the engine",
+        ),
+        ({"sliding_window": 8}, r"config\.sliding_window is 8 here and None in the engine"),
+        ({"rms_norm_eps": 0.5}, r"config\.rms_norm_eps is 0\.5 here and 1e-0\d in the engine"),
+    ],
+)
+def test_the_same_weights_under_another_configuration_are_refused(
+    models: ServedModels, change: dict[str, Any], named: str
+) -> None:
+    other = copy.deepcopy(models.base)
+    for key, value in change.items():
+        setattr(other.config, key, value)
+    changed = copy.copy(models)
+    changed.base = other
+    assert weights_fingerprint(other) == models.base_fingerprint
+    with worker(changed) as server, pytest.raises(ServingError, match=named):
         engine_of(models, prefill_addresses=(address(server),), prefill_key=KEY)
 
 
@@ -112,11 +146,102 @@ def test_whatever_strangers_say_the_worker_stays(models: ServedModels) -> None:
         silent.close()
         with engine_of(models, **options) as engine:
             assert engine.generate(request("math", range(10, 20), 2)).token_ids
-        hello = Hello.of(models.base_fingerprint, KVGeometry.of(models.base))
+        hello = hello_of(models.base_fingerprint, models.base)
         storage = KVStorage(KVGeometry.of(models.base), 4, 4)
         storage.blocks = 1 << 40
         with pytest.raises(ServingError, match="cannot hold the engine's K/V"):
             RemoteWorker(0, address(server), key, hello, storage, print)
+
+
+@pytest.mark.parametrize("stalls", ["before its answer", "within its answer"])
+def test_a_worker_that_freezes_is_given_up_and_decoding_goes_on(
+    models: ServedModels, oracle: Oracle, monkeypatch: pytest.MonkeyPatch, stalls: str
+) -> None:
+    monkeypatch.setattr(wire, "_STALL_S", 0.3)
+    monkeypatch.setattr(remote, "_BATCH_S", 1.0)
+    thawed = threading.Event()
+
+    def freeze(self: PrefillServer, connection: Connection, *_: object) -> None:
+        if stalls == "within its answer":
+            os.write(connection.fileno(), b"\0")
+        thawed.wait(60)
+
+    with worker(models) as sound, worker(models) as frozen:
+        places = (address(sound), address(frozen))
+        with engine_of(models, 200, prefill_addresses=places, prefill_key=KEY) as engine:
+            run_on = PrefillServer._run
+            monkeypatch.setattr(
+                PrefillServer,
+                "_run",
+                lambda self, *a: (freeze if self is frozen else run_on)(self, *a),
+            )
+            found = Collector()
+            sent = [request("math", range(10 + n, 60 + n), 5) for n in range(6)]
+            for one in sent:
+                engine.submit(one, found)
+            assert engine.drain(60)
+            assert engine.stats().workers_alive == 1
+        thawed.set()
+    for one in sent:
+        expected = oracle.answer(one.decoder, one.prompt_ids, 5)
+        assert list(found.generation(one.request_id).token_ids) == expected
+
+
+def test_a_worker_that_freezes_does_not_hold_up_the_end(
+    models: ServedModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thawed, found = threading.Event(), Collector()
+    monkeypatch.setattr(PrefillServer, "_run", lambda *_: thawed.wait(120))
+    monkeypatch.setattr(engine_module, "_STOP_S", 1.0)
+    with worker(models) as server:
+        options = {"prefill_addresses": (address(server),), "prefill_key": KEY}
+        engine = engine_of(models, **options)
+        engine.start()
+        one = request("math", range(10, 20), 2)
+        engine.submit(one, found)
+        while not engine.stats().prefilling:
+            time.sleep(0.01)
+        start = time.monotonic()
+        engine.stop()
+        assert time.monotonic() - start < 10
+        assert found.done(one.request_id)
+        thawed.set()
+
+
+def test_a_worker_that_does_not_read_holds_up_nobody(
+    models: ServedModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "_STALL_S", 0.3)
+    with worker(models) as server:
+        storage = KVStorage(KVGeometry.of(models.base), 4096, 64)
+        hello = hello_of(models.base_fingerprint, models.base)
+        thawed = threading.Event()
+        monkeypatch.setattr(remote, "receive", _freezing(remote.receive, thawed))
+        reports: queue.SimpleQueue[PrefillReport] = queue.SimpleQueue()
+        far = RemoteWorker(0, address(server), KEY.encode(), hello, storage, reports.put)
+        for block in range(storage.blocks):
+            storage.versions[block] = 1
+        start = time.monotonic()
+        far.start([Piece((1,), range(storage.blocks * 64 - 1), range(1))])
+        assert time.monotonic() - start < 5
+        report = reports.get(timeout=60)
+        assert report.lost
+        assert "BlockingIOError" in report.error
+        thawed.set()
+        far.close()
+
+
+def _freezing(receive: Any, thawed: threading.Event) -> Any:
+    """A worker that reads no more once it has met its engine."""
+    met = []
+
+    def frozen(connection: Connection, *rest: Any) -> Any:
+        if len(met) > 1:  # the greeting and its answer
+            thawed.wait(60)
+        met.append(1)
+        return receive(connection, *rest)
+
+    return frozen
 
 
 def test_an_answer_that_makes_no_sense_loses_the_worker_and_hangs_nobody(

@@ -37,6 +37,7 @@ turns = st.fixed_dictionaries(
         "cancel_after": st.sampled_from([None, None, None, 1, 3]),
         "goes_on": st.booleans(),
         "end_session": st.booleans(),
+        "lose_worker": st.sampled_from([None, None, None, 0, 1, 2]),
     }
 )
 engines = st.fixed_dictionaries(
@@ -49,12 +50,13 @@ engines = st.fixed_dictionaries(
         "session_tokens": st.sampled_from([0, 16]),
         "staging_bytes": st.sampled_from([0, 4096, 1 << 20]),
         "mode": st.sampled_from(["shared", "shared", "isolated"]),
+        "prefill_workers": st.sampled_from([1, 1, 2, 3]),
     }
 )
 
 
 @settings(
-    max_examples=60,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -63,11 +65,14 @@ engines = st.fixed_dictionaries(
 def test_every_answer_is_what_core_generate_gives(
     models: ServedModels, oracle: Oracle, options: dict[str, Any], plan: list[dict[str, Any]]
 ) -> None:
-    blocks = options.pop("blocks")
+    options = dict(options)
+    workers = options["prefill_workers"]
+    blocks = workers * options.pop("blocks")
     if options["block_tokens"] == 1:
         blocks *= 4
     engine = engine_of(models, blocks, session_idle_s=1e9, **options)
     found, sent, contexts = Collector(), [], {}
+    lost: set[int] = set()
     for turn in plan:
         ids = tuple(i for piece in turn["pieces"] for i in PIECES[piece])
         if turn["goes_on"]:
@@ -91,10 +96,23 @@ def test_every_answer_is_what_core_generate_gives(
             for _ in range(turn["cancel_after"]):
                 engine.step()
             engine.cancel(one.request_id)
-    for _ in range(3000):
-        if all(found.done(one.request_id) for one, _ in sent):
-            break
-        engine.step()
+        if turn["lose_worker"] is not None:
+            lost.add(turn["lose_worker"])
+            if lost >= set(range(workers)):  # the last one stays
+                lost.remove(turn["lose_worker"])
+            elif turn["lose_worker"] < workers:
+                killed = PrefillReport(turn["lose_worker"], 0.0, "killed by the test", lost=True)
+                engine._loop.receive(killed)
+    deadline = time.monotonic() + 20
+    while not all(found.done(one.request_id) for one, _ in sent):
+        assert time.monotonic() < deadline, engine.stats()
+        if engine.step():
+            continue
+        time.sleep(0.001)  # workers run in threads
+        if engine.stats().sessions_waiting:  # for others that hold all there is, and are idle
+            for session in ("a", "b", "c"):
+                engine.end_session(session)
+    assert engine.stats().workers_alive == len(set(range(workers)) - lost)
     for one, cancelled in sent:
         answer = found.generation(one.request_id)
         expected = oracle.answer(one.decoder, one.prompt_ids, one.sampling.max_tokens)
@@ -108,6 +126,7 @@ def test_every_answer_is_what_core_generate_gives(
         engine.end_session(session)
     engine.step()
     assert_nothing_leaks(engine)
+    engine.stop()
 
 
 def test_a_worker_that_dies_loses_no_answer(models: ServedModels, oracle: Oracle) -> None:

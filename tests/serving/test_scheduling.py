@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import time
+from typing import Any
 
-from tests.serving.served import Collector, assert_nothing_leaks, engine_of, request, run
+import pytest
+from tests.serving.served import Collector, Oracle, assert_nothing_leaks, engine_of, request, run
 
+from prefillshare_train.serving import lane, workers
 from prefillshare_train.serving.models import ServedModels
 from prefillshare_train.serving.router import Candidate, choose_worker
 
@@ -22,12 +26,16 @@ def test_a_prefix_wanted_twice_is_prefilled_once(models: ServedModels) -> None:
     assert engine.stats().prefilled_tokens == 40
 
 
-def test_a_long_prefill_does_not_stall_a_running_response(models: ServedModels) -> None:
+@pytest.mark.parametrize("decoder", ["math", "half"])
+def test_a_long_prefill_does_not_stall_a_running_response(
+    models: ServedModels, oracle: Oracle, decoder: str
+) -> None:
+    """Of `half`, the decoder runs half of the prompt itself."""
     engine = engine_of(models, 100, chunk_tokens=8)
     found = Collector()
     short, long = (
         request("math", context(1, 5), 40, ignore_eos=True),
-        request("math", context(2, 120), 2),
+        request(decoder, context(2, 120), 2),
     )
     engine.submit(short, found)
     while not found.events.get(short.request_id):
@@ -40,6 +48,55 @@ def test_a_long_prefill_does_not_stall_a_running_response(models: ServedModels) 
     # One token a step, though the prefill takes 17 steps of seven tokens.
     assert len(tokens_at) >= 17
     assert all(b - a == 1 for a, b in itertools.pairwise(tokens_at))
+    while not found.done(long.request_id):
+        engine.step()
+    answer = found.generation(long.request_id).token_ids
+    assert list(answer) == oracle.answer(decoder, long.prompt_ids, 2)
+
+
+def test_the_base_and_the_decoders_share_a_steps_prompt_tokens(
+    models: ServedModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither keeps the other waiting, and together they stay within the budget."""
+    steps: list[dict[str, int]] = []
+
+    def counted(name: str, run: Any) -> Any:
+        def counting(model: Any, storage: Any, pieces: Any, **options: Any) -> None:
+            steps[-1][name] = steps[-1].get(name, 0) + sum(len(piece.ids) for piece in pieces)
+            run(model, storage, pieces, **options)
+
+        return counting
+
+    monkeypatch.setattr(workers, "run_pieces", counted("base", workers.run_pieces))
+    monkeypatch.setattr(lane, "run_pieces", counted("decoder", lane.run_pieces))
+    engine = engine_of(models, 100, chunk_tokens=8)
+    found = Collector()
+    sent = [request("half", context(1, 80), 2), request("math", context(2, 120), 2)]
+    for one in sent:
+        engine.submit(one, found)
+    while not all(found.done(one.request_id) for one in sent):
+        steps.append({})
+        engine.step()
+    assert max(sum(step.values()) for step in steps) <= 8
+    assert any(len(step) == 2 for step in steps)
+    total = {name: sum(step.get(name, 0) for step in steps) for name in ("base", "decoder")}
+    assert total == {"base": 40 + 119, "decoder": 39}
+
+
+def test_a_decoders_own_prompt_tokens_are_booked_as_prefill(
+    models: ServedModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_pieces = lane.run_pieces
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        time.sleep(0.5)
+        run_pieces(*arguments, **options)
+
+    monkeypatch.setattr(lane, "run_pieces", slow)
+    engine = engine_of(models, 100)
+    run(engine, [request("half", context(1, 20), 2)])
+    stats = engine.stats()
+    assert stats.prefill_seconds > 0.5 > stats.decode_seconds
 
 
 def test_little_prefill_goes_before_much_but_not_for_ever(models: ServedModels) -> None:
@@ -129,6 +186,51 @@ def test_a_session_without_a_place_waits_and_gets_the_next_free_one(models: Serv
         engine.end_session(session)
     engine.step()
     assert_nothing_leaks(engine)
+
+
+def test_an_isolated_session_is_promised_all_its_parts_at_once(models: ServedModels) -> None:
+    """One by one, the parts of two sessions could hold half of each and wait for the other."""
+    decoders = len(models.decoders)
+    options = {"mode": "isolated", "session_tokens": 40, "session_idle_s": 1e9}
+    engine = engine_of(models, blocks=10 * decoders + 2, **options)
+    found = Collector()
+    firsts = [turn("math", session, 20) for session in range(2)]
+    for one in firsts:
+        engine.submit(one, found)
+    for _ in range(100):
+        engine.step()
+    assert found.done(firsts[0].request_id)
+    assert not found.done(firsts[1].request_id)
+    run(engine, [turn("code", 0, 20)])
+    run(engine, [turn("math", 0, 20, end_session=True)])
+    for _ in range(100):
+        engine.step()
+    assert found.done(firsts[1].request_id), "the last turn ends what every decoder held"
+    engine.end_session("s1")
+    engine.step()
+    assert engine.stats().sessions == 0
+    assert_nothing_leaks(engine)
+
+
+def test_a_full_pool_keeps_nobody_from_another(models: ServedModels) -> None:
+    engine = engine_of(models, blocks=42, prefill_workers=2, chunk_tokens=64)
+    found = Collector()
+    kept = context(5, 41)  # the base runs whole blocks of it
+    first = request("math", kept, 1)
+    engine.submit(first, found)
+    while not found.done(first.request_id):
+        engine.step()
+        time.sleep(0.001)
+    # Both go where their prefix is kept, which has room for one of them.
+    large, again = (
+        request("math", (*kept[:40], *context(n, 12)), 12, ignore_eos=True) for n in (6, 7)
+    )
+    other = request("math", context(8, 60), 2)
+    for one in (large, again, other):
+        engine.submit(one, found)
+    engine.step()
+    waiting = {seq.request.request_id for seq in engine._loop.scheduler.waiting}
+    assert waiting == {again.request_id}
 
 
 def test_idle_sessions_lose_their_place(models: ServedModels) -> None:

@@ -11,8 +11,12 @@ def test_nothing_is_lost_wrong_or_left_over(served_folder: Path) -> None:
     result = soak(served_folder, seconds=45)
     assert result.wrong == []
     assert result.lost_blocks == 0
+    assert result.alive == 1
     assert result.answered > 100
     assert result.cut_off > 5
+    assert result.hung_up > 5
+    assert result.noticed > 5
     assert result.evicted > 0
     assert result.staged > 0
-    assert result.grown_mib < 64
+    assert result.left_over == 0
+    assert not result.grows, result.memory

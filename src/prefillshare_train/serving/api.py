@@ -223,7 +223,8 @@ class EngineStats:
         evicted_blocks: findable blocks given up for room.
         prompt_tokens, cached_tokens, prefilled_tokens, completion_tokens: sums over requests.
         retokenized_misses: turns whose session had generated other ids for the same place.
-        prefill_seconds, decode_seconds: time spent in forward passes.
+        prefill_seconds, decode_seconds: time spent in forward passes over prompts, the decoders'
+            own parts of them included, and over responses.
         handover_seconds: from the end of prefill passes until the engine's process knew of them,
             summed over `prefill_batches`.
         decode_steps, decode_rows: passes, and rows summed over them.

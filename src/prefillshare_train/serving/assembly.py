@@ -13,7 +13,7 @@ from prefillshare_train.serving.disaggregated import (
 )
 from prefillshare_train.serving.kv_storage import KVGeometry, KVStorage
 from prefillshare_train.serving.models import ServedModels
-from prefillshare_train.serving.remote import Hello, RemoteWorker
+from prefillshare_train.serving.remote import RemoteWorker, hello_of
 from prefillshare_train.serving.workers import InlineWorker, PrefillWorker, Report, ThreadWorker
 
 
@@ -55,7 +55,7 @@ def make_workers(
     """
     numbers = range(config.workers)
     if config.prefill_addresses:
-        hello = Hello.of(models.base_fingerprint, storage.geometry)
+        hello = hello_of(models.base_fingerprint, models.base)
         key = config.prefill_key.encode()
         return {
             n: RemoteWorker(n, address, key, hello, storage, report)

@@ -25,7 +25,8 @@ class EngineConfig:
         prefill_ahead: requests that may be prefilled or wait for a decoding row beyond those that
             decode (decode-to-prefill back-pressure).
         session_tokens: tokens reserved for each session from its first turn to its end, so that
-            its blocks are still there at its next turn; 0 reserves nothing.
+            its blocks are still there at its next turn; 0 reserves nothing. Isolated decoders keep
+            blocks of their own: so many tokens for each of them.
         session_idle_s: a session that has asked nothing for so long loses its reservation.
         staging_bytes: byte budget of the host tier that cold blocks move to; 0 for none.
         aging_tokens_per_s: a waiting prefill overtakes those with fewer tokens to run by so many

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import queue
 import threading
@@ -24,7 +23,7 @@ from prefillshare_train.serving.api import (
 )
 from prefillshare_train.serving.assembly import make_storage
 from prefillshare_train.serving.config import EngineConfig
-from prefillshare_train.serving.intake import Intake, session_name
+from prefillshare_train.serving.intake import Intake
 from prefillshare_train.serving.loop import Loop
 from prefillshare_train.serving.models import ServedModels
 from prefillshare_train.serving.rate import EndRate
@@ -112,11 +111,7 @@ class Engine:
 
     def end_session(self, session: str) -> None:
         """Give up a session's reservation; unknown ones are ignored."""
-        names = [session]
-        if self.config.mode == "isolated":
-            names = [f"{session_name(session, decoder)}" for decoder in self.decoders]
-        for name in names:
-            self._inbox.put(functools.partial(self._loop.end_session, name))
+        self._inbox.put(lambda: self._loop.end_session(session))
 
     def generate(self, request: GenerationRequest) -> Generation:
         """Submit a request and wait for the whole response; the engine must have been started.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable
 
 _END = "[DONE]"
 
 
-async def event_data(parts: AsyncIterable[bytes]) -> AsyncGenerator[str]:
+async def event_data(
+    parts: AsyncIterable[bytes], on_end: Callable[[], object] = lambda: None
+) -> AsyncGenerator[str]:
     """The data of each event, up to `[DONE]`; events of several lines are not of this protocol.
 
     An event's JSON may hold U+2028 or U+0085 as they are. They end a line for `str.splitlines` and
@@ -15,6 +17,7 @@ async def event_data(parts: AsyncIterable[bytes]) -> AsyncGenerator[str]:
 
     Args:
         parts: the body, however it was cut on its way.
+        on_end: told of `[DONE]`, which a stream that broke off lacks.
     """
     rest = b""
     async for part in parts:
@@ -25,5 +28,6 @@ async def event_data(parts: AsyncIterable[bytes]) -> AsyncGenerator[str]:
             if name != "data" or not data:
                 continue
             if data == _END:
+                on_end()
                 return
             yield data

@@ -72,7 +72,7 @@ class Intake:
             sink,
             TokenPicker(request.sampling, self._storage.device),
             Detokenizer(models.renderer.tokenizer, request.sampling.stop),
-            session_name(request.session, request.decoder) if isolated else request.session,
+            request.decoder if isolated else "",
         )
         self._check_size(seq)
         return seq
@@ -93,8 +93,3 @@ class Intake:
                 f"{what} take {needed} blocks; a prefill worker's pool has {self._pool_blocks}. "
                 "Shorten one of them, or raise kv_bytes"
             )
-
-
-def session_name(session: str | None, decoder: str) -> str | None:
-    """An isolated decoder's part of a session, which keeps blocks of its own."""
-    return None if session is None else f"{decoder}/{session}"

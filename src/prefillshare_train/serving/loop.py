@@ -76,6 +76,7 @@ class Loop:
             for number in workers
         }
         reserve = -(-self._config.session_tokens // self._config.block_tokens)
+        reserve *= len(self._models.decoders) if self._config.mode == "isolated" else 1
         self.sessions = SessionTable(
             min(reserve, each), self._config.session_idle_s, self._release_pinned
         )
@@ -85,11 +86,12 @@ class Loop:
     def step(self) -> bool:
         """Run one step; whether anything ran."""
         now = time.monotonic()
-        self.sessions.expire(now, {seq.session for seq in self.scheduler.waiting})
+        self.sessions.expire(now, {seq.request.session for seq in self.scheduler.waiting})
         self.scheduler.admit(now)
+        started = self._run_own_prompts()
         decoded = self._decode()
         prefilled = self._prefill()
-        return decoded or prefilled
+        return started or decoded or prefilled
 
     def _prefill(self) -> bool:
         started = False
@@ -134,15 +136,21 @@ class Loop:
             if seq.cancelled:
                 self._finish(seq, "cancelled")
 
-    def _decode(self) -> bool:
-        scheduler = self.scheduler
+    def _run_own_prompts(self) -> bool:
+        """Have decoders run prompt tokens of their own, as many as the step's budget has."""
         start = time.perf_counter()
-        for seq in scheduler.promote():
-            piece = seq.prompt_end_piece(self._storage)
-            if piece is not None:
-                seq.decoder.lane.run_prompt_ends(self._storage, [piece], seq.decoder.adapter)
-                seq.own_tokens = len(piece.ids)
-        rows = list(scheduler.decoding)
+        chosen = self.scheduler.promote()
+        for seq, count in chosen:
+            piece = seq.next_own_piece(self._storage, count)
+            seq.decoder.lane.run_prompt_ends(self._storage, [piece], seq.decoder.adapter)
+            self.scheduler.own_prompt_ran(seq, count)
+        if chosen:
+            self.sums.prefill_seconds += time.perf_counter() - start
+        return bool(chosen)
+
+    def _decode(self) -> bool:
+        start = time.perf_counter()
+        rows = list(self.scheduler.decoding)
         if not rows:
             return False
         for lane in dict.fromkeys(seq.decoder.lane for seq in rows):
@@ -278,8 +286,7 @@ class Loop:
             wait: waits for a posted call and makes it.
         """
         old = self.scheduler
-        running = (*old.prefilling, *old.ready, *old.decoding)
-        lost = [seq for seq in self._open.values() if seq in running or seq.worker >= 0]
+        lost = [seq for seq in self._open.values() if seq in old.admitted or seq.worker >= 0]
         # Workers may still write into blocks that are about to be given away.
         self.batches = {number: [] for number in self.batches}
         while self.batches:

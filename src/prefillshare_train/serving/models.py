@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from prefillshare_train.serving.adapters import (
 )
 from prefillshare_train.serving.api import ServingError
 from prefillshare_train.serving.lane import Lane
+
+logger = logging.getLogger(__name__)
 
 BASE = "base"
 """Name under which the base itself can be served."""
@@ -92,12 +95,15 @@ class ServedModels:
         Args:
             base: hub id or folder.
             decoders: folders by name.
+            dtype: of base and decoders; a decoder trained on K/V of another is warned of. Where
+                None, the decoders' K/V dtype.
             chat_template: a `.jinja` file or packaged name, for serving the base alone; decoders
                 carry the template they were trained with.
 
         Raises:
-            ContractError: a decoder was trained over another base, or on other prompts than the
-                first; its name and both values are in the message.
+            ContractError: a decoder was trained over another base, or on other prompts or, without
+                `dtype`, K/V of another dtype than the first; its name and both values are in the
+                message.
             ServingError: a decoder is called `base` beside the base, or a template is given with
                 decoders.
         """
@@ -122,6 +128,8 @@ class ServedModels:
                 )
             except ContractError as error:
                 raise ContractError(f"decoder {name} ({folder}): {error}") from error
+        for name, difference in loaded.dtype_differences.items():
+            logger.warning("decoder %s was %s as asked", name, difference)
         if renderer is None:
             renderer = base_renderer(base, revision, chat_template)
         return cls(loaded, renderer, serve_base=serve_base)

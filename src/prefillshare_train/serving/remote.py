@@ -9,15 +9,15 @@ bytes, after a challenge with a shared key; nothing is ever unpickled.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
+import os
+import queue
+import socket
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import (
-    Client,
     Connection,
     Listener,
     answer_challenge,
@@ -29,15 +29,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prefillshare_train.core.contract import cache_config
 from prefillshare_train.core.openmp import release_workers
 from prefillshare_train.serving.api import ServingError
 from prefillshare_train.serving.kv_storage import KVGeometry, KVStorage
 from prefillshare_train.serving.lane import Piece, run_pieces
+from prefillshare_train.serving.wire import HANDSHAKE_S, bound, connect, receive, send
 from prefillshare_train.serving.workers import PrefillReport, Report
 
 logger = logging.getLogger(__name__)
-_HANDSHAKE_S = 30.0
 _BATCH_S = 600.0
+_IDLE_S = 1.0  # between two looks at whether an idle worker has hung up
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -52,21 +54,38 @@ def parse_address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-@dataclass(frozen=True)
-class Hello:
-    """What both ends must agree on before any K/V are exchanged."""
+Hello = dict[str, Any]
+"""What both ends must agree on before any K/V are exchanged, as JSON values."""
 
-    base_fingerprint: str
-    layers: int
-    kv_heads: int
-    head_dim: int
-    dtype: str
+# Beside `cache_config`: what else makes the same weights compute other K/V.
+_COMPUTED_KEYS = (
+    *("rms_norm_eps", "hidden_act", "hidden_activation", "query_pre_attn_scalar"),
+    *("attention_multiplier", "embedding_multiplier", "residual_multiplier"),
+    *("num_experts_per_tok", "norm_topk_prob"),
+)
 
-    @classmethod
-    def of(cls, fingerprint: str, geometry: KVGeometry) -> Hello:
-        """From a base's weights and the shape of its K/V."""
-        g = geometry
-        return cls(fingerprint, g.layers, g.kv_heads, g.head_dim, str(g.dtype))
+
+def hello_of(fingerprint: str, model: PreTrainedModel) -> Hello:
+    """From a base and its `weights_fingerprint`."""
+    geometry = KVGeometry.of(model)
+    computed = {key: getattr(model.config, key, None) for key in _COMPUTED_KEYS}
+    return {
+        "base_fingerprint": fingerprint,
+        "layers": geometry.layers,
+        "kv_heads": geometry.kv_heads,
+        "head_dim": geometry.head_dim,
+        "dtype": str(geometry.dtype),
+        **{f"config.{key}": value for key, value in cache_config(model.config).items()},
+        **{f"config.{key}": value for key, value in computed.items() if value is not None},
+    }
+
+
+def _differences(worker: Hello, engine: Hello) -> str:
+    return "; ".join(
+        f"{key} is {worker.get(key)!r} here and {engine.get(key)!r} in the engine"
+        for key in sorted({*worker, *engine})
+        if worker.get(key) != engine.get(key)
+    )
 
 
 class RemoteWorker:
@@ -77,7 +96,8 @@ class RemoteWorker:
         hello: of the engine's base.
 
     Raises:
-        ServingError: nobody answers, the key is wrong, or the worker has another base.
+        ServingError: nobody answers, the key is wrong, or the worker has another base;
+            what differs is named.
     """
 
     def __init__(
@@ -93,14 +113,13 @@ class RemoteWorker:
         self._storage = storage
         self._report = report
         self._known: dict[int, int] = {}
-        self._sent_at: float | None = None
         try:
-            self._connection: Connection = Client(parse_address(address), authkey=key)
+            self._connection = connect(parse_address(address), key)
             shape = {"blocks": storage.blocks, "block_tokens": storage.block_tokens}
-            _send(self._connection, {"hello": asdict(hello), **shape})
-            if not self._connection.poll(_HANDSHAKE_S):
-                raise TimeoutError(f"no answer in {_HANDSHAKE_S:.0f} s")
-            answer, _ = _receive(self._connection)
+            send(self._connection, {"hello": hello, **shape})
+            if not self._connection.poll(HANDSHAKE_S):
+                raise TimeoutError(f"no answer in {HANDSHAKE_S:.0f} s")
+            answer, _ = receive(self._connection)
         except (OSError, EOFError) as error:
             raise ServingError(
                 f"no prefill worker answers at {address} ({type(error).__name__}: {error}). Start "
@@ -110,60 +129,67 @@ class RemoteWorker:
             raise ServingError(f"the prefill worker at {address} refuses: {error}") from error
         if answer.get("error"):
             raise ServingError(f"the prefill worker at {address} refuses: {answer['error']}")
-        self._pieces: list[Piece] = []
-        self._thread = threading.Thread(target=self._listen, name=f"remote-{number}", daemon=True)
+        self._batches: queue.SimpleQueue[tuple[list[Piece], list[int]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name=f"remote-{number}", daemon=True)
         self._thread.start()
 
     def start(self, pieces: Sequence[Piece]) -> None:
-        """Send the batch, with what the worker does not know of its past.
+        """Have the batch sent, with what the worker does not know of its past.
 
-        Raises:
-            OSError: the worker is gone.
+        The engine's thread, which decodes, does not wait for the network.
         """
         storage, size = self._storage, self._storage.block_tokens
         past = {slot // size for piece in pieces for slot in piece.past_slots}
         stale = [b for b in sorted(past) if self._known.get(b, 0) != storage.versions.get(b, 0)]
         for block in stale:
             self._known[block] = storage.versions[block]
-        self._pieces = list(pieces)
-        self._sent_at = time.monotonic()
-        batch = [[list(p.ids), list(p.past_slots), list(p.write_slots)] for p in pieces]
-        blocks = [storage.memory[:, :, block] for block in stale]
-        _send(self._connection, {"batch": batch, "stale": stale}, blocks)
+        self._batches.put((list(pieces), stale))
 
     def close(self) -> None:
         """Hang up; the worker waits for its next engine."""
+        self._batches.put(None)
         with contextlib.suppress(OSError):
+            # Closing alone wakes nobody who waits for it.
+            with socket.socket(fileno=os.dup(self._connection.fileno())) as same:
+                same.shutdown(socket.SHUT_RDWR)
             self._connection.close()
         self._thread.join(10)
 
-    def _listen(self) -> None:
+    def _serve(self) -> None:
         try:
             while True:
-                self._await_answer()
-                answer, tensors = _receive(self._connection, self._storage.geometry.dtype)
-                start = time.perf_counter()
-                if answer["error"] is None:
-                    self._place(tensors)
-                hop = answer["packed_s"] + time.perf_counter() - start
-                seconds, error = answer["seconds"], answer["error"]
-                self._sent_at = None
-                self._report(PrefillReport(self._number, seconds, error, handover_s=hop))
+                try:
+                    batch = self._batches.get(timeout=_IDLE_S)
+                except queue.Empty:
+                    if self._connection.poll():
+                        raise EOFError("it hung up") from None
+                    continue
+                if batch is None:
+                    return
+                self._report(self._run(*batch))
         except Exception as error:  # whatever it is, nothing more can be expected from there
             reason = f"the connection to it broke ({type(error).__name__}: {error})"
             self._report(PrefillReport(self._number, 0.0, reason, lost=True))
-
-    def _await_answer(self) -> None:
-        while not self._connection.poll(1.0):
-            sent = self._sent_at
-            if sent is not None and time.monotonic() - sent > _BATCH_S:
+            with contextlib.suppress(OSError):
                 self._connection.close()
-                raise TimeoutError(f"no answer to a batch in {_BATCH_S:.0f} s")
 
-    def _place(self, tensors: Sequence[Tensor]) -> None:
+    def _run(self, pieces: list[Piece], stale: list[int]) -> PrefillReport:
+        batch = [[list(p.ids), list(p.past_slots), list(p.write_slots)] for p in pieces]
+        blocks = [self._storage.memory[:, :, block] for block in stale]
+        send(self._connection, {"batch": batch, "stale": stale}, blocks)
+        if not self._connection.poll(_BATCH_S):
+            raise TimeoutError(f"no answer to a batch in {_BATCH_S:.0f} s")
+        answer, tensors = receive(self._connection, self._storage.geometry.dtype)
+        start = time.perf_counter()
+        if answer["error"] is None:
+            self._place(pieces, tensors)
+        hop = answer["packed_s"] + time.perf_counter() - start
+        return PrefillReport(self._number, answer["seconds"], answer["error"], handover_s=hop)
+
+    def _place(self, pieces: Sequence[Piece], tensors: Sequence[Tensor]) -> None:
         """Put the K/V that came back, (layers, 2, tokens, H_kv, D) a piece, where they belong."""
         flat = self._storage.memory.flatten(2, 3)
-        for piece, content in zip(self._pieces, tensors, strict=True):
+        for piece, content in zip(pieces, tensors, strict=True):
             slots = torch.tensor(list(piece.write_slots), device=flat.device)
             flat[:, :, slots] = content.to(flat.device)
         release_workers()  # this thread only waits now, and the engine's goes on
@@ -187,7 +213,7 @@ class PrefillServer:
         self._model = model
         self._key = key
         self._geometry = KVGeometry.of(model)
-        self._hello = Hello.of(fingerprint, self._geometry)
+        self._hello = hello_of(fingerprint, model)
         # The challenge is not left to the listener: a stranger who says nothing would block it.
         self._listener = Listener(address)
         self.address: tuple[str, int] = self._listener.address
@@ -200,6 +226,7 @@ class PrefillServer:
         while not self._closed:
             try:
                 connection = self._listener.accept()
+                bound(connection)
             except OSError as error:
                 if not self._closed:
                     logger.warning("a caller was lost: %s", error)
@@ -213,14 +240,14 @@ class PrefillServer:
 
     def _meet(self, connection: Connection) -> None:
         """Serve a caller that has the key; whatever it does, the worker stays."""
-        stranger = threading.Timer(_HANDSHAKE_S, connection.close)
+        stranger = threading.Timer(HANDSHAKE_S, connection.close)
         stranger.daemon = True
         stranger.start()
         with connection:
             try:
                 deliver_challenge(connection, self._key)
                 answer_challenge(connection, self._key)
-                hello, _ = _receive(connection)
+                hello, _ = receive(connection)
                 stranger.cancel()
                 self._serve(connection, hello)
             except EOFError:
@@ -231,12 +258,12 @@ class PrefillServer:
                 stranger.cancel()
 
     def _serve(self, connection: Connection, hello: dict[str, Any]) -> None:
-        theirs = Hello(**hello["hello"])
-        if theirs != self._hello:
-            _send(connection, {"error": f"it serves {self._hello}, the engine {theirs}"})
+        if different := _differences(self._hello, hello["hello"]):
+            advice = "start both on the same base folder, with the same --dtype"
+            send(connection, {"error": f"its base is not the engine's: {different}; {advice}"})
             return
         if not self._serving.acquire(blocking=False):
-            _send(connection, {"error": "it serves another engine"})
+            send(connection, {"error": "it serves another engine"})
             return
         try:
             try:
@@ -247,11 +274,11 @@ class PrefillServer:
                     device=self._model.device,
                 )
             except RuntimeError as error:
-                _send(connection, {"error": f"it cannot hold the engine's K/V: {error}"})
+                send(connection, {"error": f"it cannot hold the engine's K/V: {error}"})
                 return
-            _send(connection, {"error": None})
-            while True:
-                request, blocks = _receive(connection, self._geometry.dtype)
+            send(connection, {"error": None})
+            while connection.poll(None):
+                request, blocks = receive(connection, self._geometry.dtype)
                 self._run(connection, storage, request, blocks)
         finally:
             self._serving.release()
@@ -276,23 +303,4 @@ class PrefillServer:
         flat = storage.memory.flatten(2, 3)
         parts = [] if error else [flat[:, :, torch.tensor(list(p.write_slots))] for p in pieces]
         answer = {"error": error, "seconds": ran - start, "packed_s": time.perf_counter() - ran}
-        _send(connection, answer, parts)
-
-
-def _send(connection: Connection, message: dict[str, Any], tensors: Sequence[Tensor] = ()) -> None:
-    shapes = [list(t.shape) for t in tensors]
-    connection.send_bytes(json.dumps({**message, "shapes": shapes}).encode())
-    for tensor in tensors:
-        raw = tensor.detach().to("cpu").contiguous().view(torch.uint8)
-        connection.send_bytes(raw.numpy().tobytes())
-
-
-def _receive(
-    connection: Connection, dtype: torch.dtype = torch.uint8
-) -> tuple[dict[str, Any], list[Tensor]]:
-    message = json.loads(connection.recv_bytes())
-    tensors = []
-    for shape in message.pop("shapes"):
-        raw = torch.frombuffer(bytearray(connection.recv_bytes()), dtype=torch.uint8)
-        tensors.append(raw.view(dtype).view(shape))
-    return message, tensors
+        send(connection, answer, parts)

@@ -25,7 +25,7 @@ class Scheduler:
             of workers that died.
 
     Attributes:
-        waiting, prefilling, ready, decoding: requests by state.
+        waiting, prefilling, ready, starting, decoding: requests by state.
     """
 
     def __init__(
@@ -42,14 +42,22 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.prefilling: list[Sequence] = []
         self.ready: deque[Sequence] = deque()
+        self.starting: list[Sequence] = []
         self.decoding: list[Sequence] = []
         self.sessions_waiting = 0
+        self._own_prompt_tokens = 0  # given to decoders in this step
         self._in_flight = InFlight(storage.block_tokens)
 
     @property
+    def admitted(self) -> tuple[Sequence, ...]:
+        """Requests that hold blocks; for the engine's thread alone."""
+        return (*self.prefilling, *self.ready, *self.starting, *self.decoding)
+
+    @property
     def running(self) -> int:
-        """Requests that hold blocks."""
-        return len(self.prefilling) + len(self.ready) + len(self.decoding)
+        """How many requests hold blocks."""
+        started = len(self.starting) + len(self.decoding)
+        return len(self.prefilling) + len(self.ready) + started
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.storage.block_tokens)
@@ -57,35 +65,42 @@ class Scheduler:
     def admit(self, now: float) -> None:
         """Move waiting requests to prefill, those with little to run and long waits first.
 
-        The first that lacks blocks ends the round, or it would be overtaken for ever; one that
-        waits for its session's place, or for a prefix that is being prefilled, does not.
+        The first that lacks blocks ends the round of its worker, or it would be overtaken for ever;
+        one that waits for its session's place, or for a prefix that is being prefilled, does not.
         """
         limit = self.config.max_decode_rows + self.config.prefill_ahead
         without_place = 0
+        full: set[int] = set()
         for seq in sorted(self.waiting, key=lambda s: self._priority(s, now)):
-            if self.running >= limit or not self.caches:
+            if self.running >= limit or len(full) == len(self.caches):
                 return
             places = [n for n, cache in self.caches.items() if self._has_place(seq, n, cache)]
             if not places:
                 without_place += 1
                 continue
             worker, match = self._route(seq, places)
+            if worker in full:
+                continue
             seq.expected = match.tokens
             rest = seq.base_ids[len(match.full) * self.storage.block_tokens :]
             incomplete = match.tokens < seq.base_tokens
             if incomplete and self._in_flight.worth_waiting(match.parent, rest, match.tail_tokens):
                 continue
             found = self._take_blocks(seq, worker, match)
-            if found is None and not self.running and self.sessions.give_up_one(worker):
+            if found is None and self._is_idle(worker) and self.sessions.give_up_one(worker):
                 match = self.caches[worker].match(seq.root, seq.base_ids)
                 found = self._take_blocks(seq, worker, match)
             if found is None:
-                return
+                full.add(worker)
+                continue
             self._start(seq, worker, found, now)
         self.sessions_waiting = without_place
 
     def _has_place(self, seq: Sequence, worker: int, cache: PrefixCache) -> bool:
-        return self.sessions.fits(seq.session, worker, cache.pool.size)
+        return self.sessions.fits(seq.request.session, worker, cache.pool.size)
+
+    def _is_idle(self, worker: int) -> bool:
+        return all(seq.worker != worker for seq in self.admitted)
 
     def _priority(self, seq: Sequence, now: float) -> float:
         waited = now - seq.submitted_at
@@ -97,7 +112,7 @@ class Scheduler:
         matches = {number: self.caches[number].match(seq.root, ids) for number in places}
         if len(matches) == 1:
             return next(iter(matches.items()))
-        session = self.sessions.get(seq.session)
+        session = self.sessions.get(seq.request.session)
         candidates = [
             Candidate(number, match.tokens, self._load(number)) for number, match in matches.items()
         ]
@@ -106,8 +121,7 @@ class Scheduler:
 
     def _load(self, worker: int) -> int:
         size = self.storage.block_tokens
-        running = (*self.prefilling, *self.ready, *self.decoding)
-        mine = [s for s in running if s.worker == worker]
+        mine = [s for s in self.admitted if s.worker == worker]
         return sum(s.remaining for s in mine) + size * sum(len(s.own_blocks) for s in mine)
 
     def _take_blocks(self, seq: Sequence, worker: int, match: Match) -> Match | None:
@@ -115,8 +129,8 @@ class Scheduler:
         cache = self.caches[worker]
         own = self._blocks(seq.own_capacity)
         tries = [match]
-        others = self.sessions.unused_blocks(worker, seq.session)
-        if not self.running:
+        others = self.sessions.unused_blocks(worker, seq.request.session)
+        if self._is_idle(worker):
             # Neither promises to others nor a block to copy a tail from may keep out a request
             # that fits into an empty pool.
             others = 0
@@ -137,7 +151,9 @@ class Scheduler:
             seq.started_at = now
         request = seq.request
         held = len(seq.blocks) + len(seq.own_blocks)
-        seq.session_state = self.sessions.begin(seq.session, worker, held, request.prompt_ids, now)
+        seq.turn = self.sessions.begin(
+            request.session, seq.part, worker, held, request.prompt_ids, now
+        )
         self.waiting.remove(seq)
         if seq.remaining:
             seq.state = State.PREFILLING
@@ -152,7 +168,7 @@ class Scheduler:
 
     def next_prefill(self, worker: int, now: float) -> list[tuple[Sequence, int]]:
         """Requests of a worker with the prompt tokens to run now, within the step's budget."""
-        budget = self.config.chunk_tokens - len(self.decoding)
+        budget = self.config.chunk_tokens - len(self.decoding) - self._own_prompt_tokens
         chosen = []
         mine = [s for s in self.prefilling if s.worker == worker]
         for seq in sorted(mine, key=lambda s: self._urgency(s, now)):
@@ -185,15 +201,41 @@ class Scheduler:
             self._in_flight.remove(seq.request.request_id)
             self._make_ready(seq)
 
-    def promote(self) -> list[Sequence]:
-        """Give free decoding rows to requests whose prompt is in place; returns the new rows."""
-        new = []
-        while self.ready and len(self.decoding) < self.config.max_decode_rows:
+    def promote(self) -> list[tuple[Sequence, int]]:
+        """Give free decoding rows to requests for which the base has done its part.
+
+        Returns:
+            Those whose decoders have prompt tokens to run, with how many now. They share the step's
+            budget with the base, half of it each where both have something to run.
+        """
+        while self.ready and len(self.starting) + len(self.decoding) < self.config.max_decode_rows:
             seq = self.ready.popleft()
-            seq.state = State.DECODING
-            self.decoding.append(seq)
-            new.append(seq)
-        return new
+            seq.state = State.STARTING
+            self.starting.append(seq)
+        budget = self.config.chunk_tokens - len(self.decoding)
+        if self.prefilling:
+            budget = max(1, budget // 2)
+        chosen = []
+        for seq in list(self.starting):
+            count = min(budget, seq.own_remaining)
+            if count:
+                chosen.append((seq, count))
+                budget -= count
+            elif not seq.own_remaining:
+                self._begin_decoding(seq)
+        self._own_prompt_tokens = sum(count for _, count in chosen)
+        return chosen
+
+    def own_prompt_ran(self, seq: Sequence, count: int) -> None:
+        """The decoder's K/V of its next `count` prompt tokens are in place."""
+        seq.own_tokens += count
+        if not seq.own_remaining:
+            self._begin_decoding(seq)
+
+    def _begin_decoding(self, seq: Sequence) -> None:
+        self.starting.remove(seq)
+        seq.state = State.DECODING
+        self.decoding.append(seq)
 
     def remove(self, seq: Sequence, now: float) -> None:
         """Take a request out, whatever its state, and give its blocks back."""
@@ -202,25 +244,21 @@ class Scheduler:
         else:
             self._leave_state(seq)
             pool = self.caches[seq.worker].pool if seq.worker in self.caches else None
-            held = len(seq.blocks) + len(seq.own_blocks)
             # A prompt that the base has not finished is not what the next turn goes on from.
             keep = seq.blocks if pool is not None and seq.computed == seq.base_tokens else []
             ids = (*seq.request.prompt_ids, *seq.response)
-            kept = self.sessions.finish(
-                seq.session, seq.session_state, seq.worker, held, keep, ids, now
-            )
+            kept = self.sessions.finish(seq.turn, keep, ids, now)
             if pool is not None:
                 pool.release(seq.own_blocks if kept else [*seq.blocks, *seq.own_blocks])
         seq.state = State.ENDED
         if seq.request.end_session:
-            self.sessions.end(seq.session)
+            self.sessions.end(seq.request.session)
 
     def send_back(self, seq: Sequence) -> None:
         """A request's worker died before its prompt was in place: let it wait again."""
         self._leave_state(seq)
-        held = len(seq.blocks) + len(seq.own_blocks)
-        self.sessions.abandon(seq.session_state, held)
-        seq.session_state = None
+        self.sessions.abandon(seq.turn)
+        seq.turn = None
         seq.forget_blocks()
         self.waiting.append(seq)
 
@@ -230,5 +268,7 @@ class Scheduler:
             self._in_flight.remove(seq.request.request_id)
         elif seq.state is State.READY:
             self.ready.remove(seq)
+        elif seq.state is State.STARTING:
+            self.starting.remove(seq)
         elif seq.state is State.DECODING:
             self.decoding.remove(seq)

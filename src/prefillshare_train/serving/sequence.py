@@ -13,7 +13,7 @@ from prefillshare_train.serving.lane import DecodeRow, Piece
 from prefillshare_train.serving.models import ServedDecoder
 from prefillshare_train.serving.prefix_cache import Key
 from prefillshare_train.serving.sampling import TokenPicker
-from prefillshare_train.serving.sessions import Session
+from prefillshare_train.serving.sessions import Turn
 
 
 class State(enum.Enum):
@@ -22,6 +22,7 @@ class State(enum.Enum):
     WAITING = enum.auto()  # for blocks, or for a prefill of the same prefix
     PREFILLING = enum.auto()  # the base runs its prompt
     READY = enum.auto()  # for a decoding row
+    STARTING = enum.auto()  # its decoder runs its own part of the prompt
     DECODING = enum.auto()
     ENDED = enum.auto()
 
@@ -35,8 +36,8 @@ class Sequence:
         decoder: who answers.
         base_tokens: prompt tokens that the base supplies.
         root: key that its blocks descend from.
-        session: name of its session in the engine, or None; `session_state`: that session, as it
-            was when the request was admitted.
+        part: which part of its session it belongs to (see `sessions.Part`); `turn`: its turn there,
+            once it is admitted.
         expected: prompt tokens that were kept when last looked for.
         worker: number of the prefill worker that holds its prompt.
         blocks: blocks of the base's K/V; the first `computed` tokens are in place.
@@ -54,8 +55,8 @@ class Sequence:
     sink: EventSink
     picker: TokenPicker
     detokenizer: Detokenizer
-    session: str | None
-    session_state: Session | None = None
+    part: str = ""
+    turn: Turn | None = None
     state: State = State.WAITING
     worker: int = -1
     blocks: list[int] = field(default_factory=list)
@@ -90,6 +91,12 @@ class Sequence:
         """Prompt tokens that the base has still to be given."""
         return self.base_tokens - self.scheduled
 
+    @property
+    def own_remaining(self) -> int:
+        """Prompt tokens that the decoder has still to run; the last one begins decoding."""
+        own_prompt = len(self.request.prompt_ids) - self.base_tokens
+        return own_prompt - 1 - self.own_tokens
+
     def forget_blocks(self) -> None:
         """Back to the state before admission; the blocks have been given back."""
         self.state = State.WAITING
@@ -106,15 +113,14 @@ class Sequence:
             storage.slots(self.blocks, start, end),
         )
 
-    def prompt_end_piece(self, storage: KVStorage) -> Piece | None:
-        """The prompt tokens that the decoder runs, but for the last; None where that is all."""
-        ids = self.request.prompt_ids[self.base_tokens : -1]
-        if not ids:
-            return None
+    def next_own_piece(self, storage: KVStorage, count: int) -> Piece:
+        """The next `count` prompt tokens for the decoder."""
+        start, end = self.own_tokens, self.own_tokens + count
+        base_slots = storage.slots(self.blocks, 0, self.base_tokens)
         return Piece(
-            ids,
-            storage.slots(self.blocks, 0, self.base_tokens),
-            storage.slots(self.own_blocks, 0, len(ids)),
+            self.request.prompt_ids[self.base_tokens + start : self.base_tokens + end],
+            base_slots + storage.slots(self.own_blocks, 0, start),
+            storage.slots(self.own_blocks, start, end),
         )
 
     def decode_row(self) -> DecodeRow:

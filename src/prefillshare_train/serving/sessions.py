@@ -9,39 +9,70 @@ from prefillshare_train.serving.prefix_cache import common_prefix
 
 
 @dataclass(eq=False)
+class Part:
+    """What a session holds in one prefix cache: all decoders share one, or each has its own.
+
+    Attributes:
+        pinned: prompt blocks of its last turn, held for the next; `pinned_on`: their worker, which
+            may be another than the session's where two of its turns ran at once.
+        held: blocks that requests in flight hold.
+        ids: prompt and response of its last turn.
+    """
+
+    pinned: list[int] = field(default_factory=list)
+    pinned_on: int = -1
+    held: int = 0
+    ids: tuple[int, ...] = ()
+
+
+@dataclass(eq=False)
 class Session:
     """One agent session.
 
     Attributes:
         worker: the prefill worker of its last turn.
         reserved: blocks promised to it, 0 without reservations.
-        pinned: prompt blocks of its last turn, held for the next; `pinned_on`: their worker, which
-            may be another than `worker` where two of its turns ran at once.
-        running: requests in flight; `held`: blocks that these hold.
         last_used: time of its last request's end or beginning, in seconds.
-        ids: prompt and response of its last turn.
+        running: requests in flight.
+        parts: by name.
     """
 
     worker: int
     reserved: int
     last_used: float
-    pinned: list[int] = field(default_factory=list)
-    pinned_on: int = -1
     running: int = 0
-    held: int = 0
-    ids: tuple[int, ...] = ()
+    parts: dict[str, Part] = field(default_factory=dict)
 
     @property
     def unused(self) -> int:
         """Promised blocks that it does not hold."""
-        return max(0, self.reserved - max(self.held, len(self.pinned)))
+        used = sum(max(part.held, len(part.pinned)) for part in self.parts.values())
+        return max(0, self.reserved - used)
+
+    @property
+    def pinned_on(self) -> set[int]:
+        """Workers on which blocks are held for it."""
+        return {part.pinned_on for part in self.parts.values() if part.pinned}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A request of a session, from its admission to its end."""
+
+    name: str
+    session: Session
+    part: Part
+    worker: int
+    held: int
 
 
 class SessionTable:
     """Sessions by name.
 
     Args:
-        reserve_blocks: blocks promised to each session; 0 promises nothing and pins nothing.
+        reserve_blocks: blocks promised to each session for all its parts together; 0 promises
+            nothing and pins nothing. Parts that were promised theirs one by one could wait for each
+            other.
         idle_s: seconds without a request after which a session is forgotten.
         release: gives back pinned blocks, called with (worker, blocks).
 
@@ -59,7 +90,9 @@ class SessionTable:
         self.retokenized = 0
 
     def __len__(self) -> int:
-        return len(self._sessions)
+        """Sessions that hold a reservation; may be asked from any thread."""
+        # The copy is one step of the interpreter: the engine adds sessions during a plain loop.
+        return sum(bool(session.reserved) for session in list(self._sessions.values()))
 
     def get(self, name: str | None) -> Session | None:
         """A session that is known."""
@@ -85,70 +118,65 @@ class SessionTable:
         return sum(s.unused for s in self.on_worker(worker) if s is not own)
 
     def begin(
-        self, name: str | None, worker: int, held: int, prompt: Sequence[int], now: float
-    ) -> Session | None:
-        """A turn was admitted, and holds so many blocks; returns its session."""
+        self, name: str | None, part: str, worker: int, held: int, ids: Sequence[int], now: float
+    ) -> Turn | None:
+        """A request with a prompt of these ids was admitted, and holds so many blocks."""
         if name is None:
             return None
         session = self._sessions.get(name)
         if session is None:
             session = self._sessions[name] = Session(worker, self.reserve_blocks, now)
         if session.worker != worker:
-            self._unpin(session)
+            self._unpin_all(session)
             session.worker = worker
+        mine = session.parts.setdefault(part, Part())
         # The last token may be missing: one that ends a response is often left out of a text.
-        known = min(len(session.ids) - 1, len(prompt))
-        if common_prefix(session.ids, prompt) < known:
+        known = min(len(mine.ids) - 1, len(ids))
+        if common_prefix(mine.ids, ids) < known:
             self.retokenized += 1
         session.running += 1
-        session.held += held
+        mine.held += held
         session.last_used = now
-        return session
+        return Turn(name, session, mine, worker, held)
 
     def finish(
-        self,
-        name: str | None,
-        session: Session | None,
-        worker: int,
-        held: int,
-        keep: Sequence[int],
-        ids: tuple[int, ...],
-        now: float,
+        self, turn: Turn | None, keep: Sequence[int], ids: tuple[int, ...], now: float
     ) -> bool:
-        """A turn has ended.
+        """A turn has ended; where its session has been ended before, nothing is kept.
 
         Args:
-            session: as `begin` gave it; where it has been ended since, nothing is kept.
-            worker: that ran it.
             keep: its prompt blocks, of which the caller gives one reference away if True is
                 returned.
+            ids: its prompt and response.
 
         Returns:
             Whether the session now holds `keep`.
         """
-        if session is None or self.get(name) is not session:
+        if turn is None or self.get(turn.name) is not turn.session:
             return False
+        session, part = turn.session, turn.part
         session.running -= 1
-        session.held -= held
         session.last_used = now
-        session.ids = ids
+        part.held -= turn.held
+        part.ids = ids
         if not session.reserved or not keep:
             return False
-        self._unpin(session)
-        session.pinned, session.pinned_on = list(keep), worker
+        self._unpin(part)
+        part.pinned, part.pinned_on = list(keep), turn.worker
         return True
 
-    def abandon(self, session: Session | None, held: int) -> None:
+    @staticmethod
+    def abandon(turn: Turn | None) -> None:
         """A turn gave its blocks back without an end, because its worker died."""
-        if session is not None:
-            session.running -= 1
-            session.held -= held
+        if turn is not None:
+            turn.session.running -= 1
+            turn.part.held -= turn.held
 
     def end(self, name: str | None) -> None:
         """Forget a session and give up what it holds."""
         session = self.get(name)
         if session is not None and name is not None:
-            self._unpin(session)
+            self._unpin_all(session)
             del self._sessions[name]
 
     def expire(self, now: float, waiting: Collection[str | None]) -> None:
@@ -164,21 +192,26 @@ class SessionTable:
     def give_up_one(self, worker: int) -> bool:
         """Unpin the session of a worker that has been idle longest; False where there is none."""
         sessions = self._sessions.values()
-        idle = [s for s in sessions if s.pinned and s.pinned_on == worker and not s.running]
+        idle = [s for s in sessions if worker in s.pinned_on and not s.running]
         if not idle:
             return False
         session = min(idle, key=lambda s: s.last_used)
-        self._unpin(session)
+        self._unpin_all(session)
         session.reserved = 0
         return True
 
     def drop_worker(self, worker: int) -> None:
         """A worker is gone: its sessions keep their names and lose what was pinned."""
         for session in self._sessions.values():
-            if session.pinned_on == worker:
-                self._unpin(session)
+            for part in session.parts.values():
+                if part.pinned_on == worker:
+                    self._unpin(part)
 
-    def _unpin(self, session: Session) -> None:
-        if session.pinned:
-            self._release(session.pinned_on, session.pinned)
-            session.pinned = []
+    def _unpin_all(self, session: Session) -> None:
+        for part in session.parts.values():
+            self._unpin(part)
+
+    def _unpin(self, part: Part) -> None:
+        if part.pinned:
+            self._release(part.pinned_on, part.pinned)
+            part.pinned = []

@@ -64,7 +64,7 @@ def collect_stats(
     return EngineStats(
         waiting=waiting,
         prefilling=len(scheduler.prefilling),
-        decoding=len(scheduler.ready) + len(scheduler.decoding),
+        decoding=len(scheduler.ready) + len(scheduler.starting) + len(scheduler.decoding),
         sessions=len(sessions),
         sessions_waiting=scheduler.sessions_waiting,
         blocks_total=sum(pool.size for pool in pools),

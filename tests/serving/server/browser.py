@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.serving.server.serving import wait_for
+from websockets.sync.client import connect
 
 FLAGS = [
     "--headless",
@@ -99,7 +100,6 @@ def chromium() -> Iterator[Page]:
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
     if program is None:
         pytest.skip("chromium is not installed")
-    connect = pytest.importorskip("websockets.sync.client").connect
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
             [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"],

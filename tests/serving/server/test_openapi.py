@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
+import schemathesis
 from hypothesis import HealthCheck, settings
 from tests.serving.server.fake_engine import FakeEngine
 
 from prefillshare_train.serving.server.app import create_app
 from prefillshare_train.serving.server.config import ServerConfig
-
-schemathesis = pytest.importorskip("schemathesis", reason="the extra `dev` is not installed")
 
 KEY = {"Authorization": "Bearer secret"}
 ENGINE = FakeEngine("Short.", max_prompt_tokens=100_000)

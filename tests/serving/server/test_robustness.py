@@ -7,10 +7,14 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from tests.serving.server.fake_engine import FakeEngine
 from tests.serving.server.serving import Served, serve, wait_for
+
+from prefillshare_train.serving.server.requests import ChatRequest, CompletionRequest, Strict
 
 PATH = "/v1/chat/completions"
 BODY = json.dumps({"model": "math", "messages": [{"role": "user", "content": "Hi"}]}).encode()
@@ -108,6 +112,40 @@ def test_other_content_types_are_no_json(served: Served, kind: str) -> None:
     """A form on another site could otherwise send one without asking first."""
     headers = {b"Content-Type": kind.encode("latin-1")}
     assert served.http.post(PATH, content=BODY, headers=headers).status_code in (400, 415, 422)
+
+
+USER = {"role": "user", "content": "Hi"}
+MANY = {f"field{number}": 1 for number in range(20_000)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (CompletionRequest, {"prompt": [None] * 20_000}),
+        (CompletionRequest, {"prompt": ["a", 1] * 20_000}),
+        (CompletionRequest, {"prompt": [[None] * 20_000] * 2}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [0] * 20_000}]}),
+        (ChatRequest, {"messages": [{"role": "assistant", "tool_calls": [0] * 20_000}]}),
+        (ChatRequest, {"messages": [0] * 20_000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": 0, "a": 1, "b": 2}] * 4096}),
+        (ChatRequest, {"messages": [USER], "tools": [0] * 20_000}),
+        (ChatRequest, {"messages": [USER], "stop": [0] * 20_000, "stop_token_ids": [""] * 20_000}),
+        (ChatRequest, {"messages": [USER], **MANY}),
+        (ChatRequest, {"messages": [USER | MANY]}),
+    ],
+)
+def test_errors_of_long_bodies_are_not_all_listed(kind: type[Strict], fields: Any) -> None:
+    """Megabytes of them would hold up all other requests."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({"model": "math", **fields})
+    assert caught.value.error_count() <= 4
+
+
+def test_too_many_fields_are_told(served: Served) -> None:
+    body = json.dumps({**json.loads(BODY), **{f"f{number}": 1 for number in range(100)}}).encode()
+    answer = talk(served, head(len(body), "Connection: close") + body)
+    assert status(answer) == 400
+    assert b"102 fields were given" in answer
 
 
 def test_a_body_that_is_too_long(served: Served) -> None:

@@ -52,8 +52,8 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
         "Turns whose session had generated other ids for the same place.",
         lambda s: s.retokenized_misses,
     ),
-    ("prefill_seconds", "Time in the base's forward passes.", lambda s: s.prefill_seconds),
-    ("decode_seconds", "Time in the decoders' forward passes.", lambda s: s.decode_seconds),
+    ("prefill_seconds", "Time in forward passes over prompts.", lambda s: s.prefill_seconds),
+    ("decode_seconds", "Time in forward passes over responses.", lambda s: s.decode_seconds),
     ("decode_steps", "Decoding steps.", lambda s: s.decode_steps),
     ("decode_rows", "Rows, summed over decoding steps.", lambda s: s.decode_rows),
 )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from prefillshare_train.data import DataError, Message, Renderer
+from prefillshare_train.data.generation_header import header_at_end, plain_header
 from prefillshare_train.serving.api import QueueFullError
 from prefillshare_train.serving.server.errors import ApiError
 from prefillshare_train.serving.server.requests import (
@@ -20,7 +21,6 @@ from prefillshare_train.serving.server.requests import (
 )
 
 T = TypeVar("T")
-_PROBE = ({"role": "user", "content": "a"},)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class PromptMaker:
         self._max_waiting = max_waiting
         self._waiting = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prompts")
-        self._header_ids = _header_ids(renderer)
+        self._header = plain_header(renderer)
 
     async def chat(self, body: ChatRequest) -> Prompt:
         """The prompt of a chat completion."""
@@ -107,9 +107,7 @@ class PromptMaker:
                 raise ApiError(400, message, param="prompt")
         if not ids:
             raise ApiError(400, "the prompt is empty", param="prompt")
-        header = self._header_ids
-        ends_in_header = bool(header) and tuple(ids[-len(header) :]) == header
-        return Prompt(tuple(ids), len(header) if ends_in_header else 0)
+        return Prompt(tuple(ids), header_at_end(ids, self._header))
 
 
 def _message(message: Any, index: int) -> Message:
@@ -139,18 +137,6 @@ def _arguments(text: str, index: int, number: int) -> dict[str, Any]:
         param = f"messages.{index}.tool_calls.{number}.function.arguments"
         raise ApiError(400, f"{param}: should be a JSON object, written as a string", param=param)
     return value
-
-
-def _header_ids(renderer: Renderer) -> tuple[int, ...]:
-    """The assistant header, for prompts that a client has rendered; empty where there is none."""
-    try:
-        bare = renderer.text(_PROBE, add_generation_prompt=False)
-        text = renderer.text(_PROBE, add_generation_prompt=True)
-    except DataError:
-        return ()
-    ids = renderer.encode([text])[0]
-    length = renderer.header_length(bare, text, ids)
-    return tuple(ids[len(ids) - length :])
 
 
 def _why(error: Exception) -> str:

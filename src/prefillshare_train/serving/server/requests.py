@@ -2,13 +2,15 @@
 
 A field that would change the answer and is not supported only takes its neutral value, so that
 the OpenAPI document and the error say so. Fields that change nothing here are taken and ignored.
+Of lists and objects that may be long the first error is enough: to list them all for a body of
+megabytes would hold up the event loop for seconds.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prefillshare_train.data import Message, Tool
 
@@ -17,6 +19,7 @@ Empty = Annotated[dict[str, Any], Field(max_length=0)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Ignored = Annotated[Any, Field(description="Accepted and ignored.")]
 
 
@@ -24,6 +27,14 @@ class Strict(BaseModel):
     """A body that takes no unknown field, no NaN, and no number written as a string."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_too_many(cls, value: Any) -> Any:
+        known = len(cls.model_fields)
+        if isinstance(value, dict) and len(value) > known:
+            raise ValueError(f"{len(value)} fields were given, and there are {known}")
+        return value
 
 
 class StreamOptions(Strict):
@@ -84,7 +95,7 @@ class TextPart(Strict):
     text: str
 
 
-Content = str | list[TextPart]
+Content = str | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 class InstructionMessage(Strict):
@@ -124,7 +135,7 @@ class AssistantMessage(Strict):
 
     role: Literal["assistant"]
     content: Content | None = None
-    tool_calls: list[ToolCallMessage] | None = None
+    tool_calls: Annotated[list[ToolCallMessage], Field(fail_fast=True)] | None = None
     name: Ignored = None
     refusal: Ignored = None
     annotations: Ignored = None
@@ -180,12 +191,12 @@ class TextFormat(Strict):
 class ChatRequest(SamplingFields):
     """Body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[ToolDefinition], Field(max_length=256)] | None = None
+    tools: Annotated[list[ToolDefinition], Field(max_length=256, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto"] | None = Field(
         default=None,
         description="`none`: the prompt stays the same, and the answer is not read for calls.",
@@ -208,9 +219,9 @@ class CompletionRequest(SamplingFields):
 
     prompt: Annotated[
         str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)],
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)],
         Field(description="Text, token ids, or several of either."),
     ]
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(
