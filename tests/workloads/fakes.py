@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from prefillshare_train.data.rendering import RenderError
 from prefillshare_train.serving.api import (
     EngineStats,
     Event,
@@ -55,6 +56,30 @@ def plan(kind: str = "react", **options: Any) -> SessionPlan:
     return SessionPlan(kind, **settings)
 
 
+class FakeRenderer:
+    """A message is one token, its length; none may be empty."""
+
+    def __init__(self, header: tuple[int, ...]) -> None:
+        self._header = "".join(map(chr, header))
+
+    def with_system_prompt(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return messages
+
+    def text(
+        self, messages: list[dict[str, Any]], tools: object, *, add_generation_prompt: bool
+    ) -> str:
+        if not all(message["content"] for message in messages):
+            raise RenderError("the template refuses the messages")
+        text = "".join(chr(len(message["content"])) for message in messages)
+        return text + self._header if add_generation_prompt else text
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [list(map(ord, text)) for text in texts]
+
+    def header_length(self, bare: str, prompt: str, prompt_ids: list[int]) -> int:
+        return len(prompt) - len(bare)
+
+
 class FakeEngine:
     """Answers every request in a thread of its own; nothing is computed.
 
@@ -63,6 +88,7 @@ class FakeEngine:
         refuse: so many submissions are refused before one is taken.
         fail: names of decoders whose responses end with an error.
         silent: names of decoders that never answer.
+        header: what its template opens an answer with.
     """
 
     decoders = DECODERS
@@ -76,10 +102,12 @@ class FakeEngine:
         refuse: int = 0,
         fail: Iterable[str] = (),
         silent: Iterable[str] = (),
+        header: tuple[int, ...] = (),
     ) -> None:
         self._first_s, self._each_s = first_s, each_s
         self._refuse = refuse
         self._fail, self._silent = set(fail), set(silent)
+        self._renderer = FakeRenderer(header)
         self._lock = threading.Lock()
         self.requests: list[GenerationRequest] = []
         self.cancelled: list[str] = []
@@ -90,10 +118,7 @@ class FakeEngine:
 
     @property
     def renderer(self) -> Any:
-        return self
-
-    def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
-        return [len(message["content"]) for message in messages]
+        return self._renderer
 
     def start(self) -> None:
         self.started += 1

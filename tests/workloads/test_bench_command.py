@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.serving.server.serving import serve
 from tests.workloads.conftest import NAMES
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from prefillshare_train.cli.main import app
 from prefillshare_train.serving.config import EngineConfig
@@ -18,26 +18,26 @@ from prefillshare_train.workloads.errors import WorkloadError
 from prefillshare_train.workloads.report import KEYS
 from prefillshare_train.workloads.run import Grid, numbers
 
+DRAWN = ("--sessions=2", "--warm-up=1")
 
-def bench(served: Path, out: Path, *options: str) -> str:
+
+def invoke(served: Path, out: Path, *options: str) -> Result:
     decoders = [f"--decoder={name}={served / name}" for name in NAMES]
-    sizes = [
-        "--system-tokens=6",
-        "--kv-gib=0.05",
-        "--sessions=2",
-        "--warm-up=1",
-        "--max-sessions=2",
-    ]
-    result = CliRunner().invoke(
+    sizes = ["--system-tokens=6", "--kv-gib=0.05", "--max-sessions=2"]
+    return CliRunner().invoke(
         app, ["bench", f"--base={served / 'base'}", *decoders, *sizes, f"--out={out}", *options]
     )
+
+
+def bench(served: Path, out: Path, *options: str) -> str:
+    result = invoke(served, out, *options)
     assert result.exit_code == 0, result.output
     return result.output
 
 
 def test_both_modes_are_measured_reported_and_recorded(served: Path, tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
-    options = ("--workload=uniform", "--calls=4", "--rate=all,50", f"--record={trace}")
+    options = (*DRAWN, "--workload=uniform", "--calls=4", "--rate=all,50", f"--record={trace}")
     output = bench(served, tmp_path / "out", *options)
     rows = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [(row["mode"], row["sessions_per_s"]) for row in rows] == [
@@ -58,6 +58,35 @@ def test_both_modes_are_measured_reported_and_recorded(served: Path, tmp_path: P
     # The trace is a workload of its own.
     again = bench(served, tmp_path / "replay", f"--workload={trace}", "--mode=shared")
     assert "| trace | compute | shared | 3 |" in again
+
+
+def test_a_trace_is_replayed_as_its_own_load(served: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    rows = [
+        {"session": f"s{n}", "at_s": 0.1 * n, "decoder": "math", "max_tokens": 2, "prompt_ids": [n]}
+        for n in range(10, 13)
+    ]
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = (f"--workload={trace}", "--mode=shared")
+    bench(served, tmp_path / "out", *options)
+    [row] = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert (row["sessions"], row["warm_up"], row["requests"]) == (3, 0, 3)
+    assert row["sessions_per_s"] == pytest.approx(10)
+    for given in ("--rate=all", "--sessions=3", "--warm-up=0"):
+        result = invoke(served, tmp_path / "out", *options, given)
+        assert result.exit_code == 2
+        assert f"{given.partition('=')[0]}: a trace has its own sessions" in result.output
+
+
+def test_a_load_tells_what_limits_it_and_where_it_was_computed(
+    served: Path, tmp_path: Path
+) -> None:
+    sizes = ("--calls=2", "--context-tokens=100", "--kv-gib=0.00006")
+    bench(served, tmp_path, *DRAWN, "--workload=uniform", "--mode=shared", *sizes)
+    [row] = json.loads((tmp_path / "bench.json").read_text())
+    assert row["regime"] == "memory"
+    [held] = [json.loads(path.read_text()) for path in (tmp_path / "points").glob("*.json")]
+    assert held["setup"]["device"] == "cpu"
 
 
 def test_a_server_is_measured_over_http(served: Path, tmp_path: Path) -> None:

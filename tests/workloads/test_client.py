@@ -76,6 +76,23 @@ def test_in_process_messages_are_rendered_by_the_engine() -> None:
     assert engine.requests[0].end_session
 
 
+def test_in_process_headers_are_those_of_the_prompt() -> None:
+    engine = FakeEngine(header=(91, 92))
+    messages = ({"role": "user", "content": "four"},)
+    ask(InProcessClient(engine), Call("s", "a", (), 1, messages))
+    for prompt in ((1, 2, 91, 92), (1, 2, 91), (92,)):
+        ask(InProcessClient(engine), Call("s", "a", prompt, 1))
+    assert engine.requests[0].prompt_ids == (4, 91, 92)
+    assert [request.header_length for request in engine.requests] == [2, 2, 0, 0]
+
+
+def test_in_process_messages_that_the_template_refuses_are_an_error_of_the_call() -> None:
+    reply = ask(
+        InProcessClient(FakeEngine()), Call("s", "a", (), 1, ({"role": "user", "content": ""},))
+    )
+    assert reply.error == "the template refuses the messages"
+
+
 def stream(*chunks: dict[str, Any]) -> httpx.Response:
     lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
     return httpx.Response(200, text=": comment\n\n" + "".join(lines) + "data: [DONE]\n\n")
@@ -141,6 +158,44 @@ def test_http_chat_sends_text_and_the_role_chunk_is_no_token() -> None:
     messages = ({"role": "user", "content": "hello"},)
     ask(http(answer), Call("s", "a", (), 1, messages))
     assert bodies[1]["messages"] == list(messages)
+
+
+def test_http_extensions_are_left_out_where_a_server_refuses_them() -> None:
+    bodies: list[dict[str, Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        bodies.append(json.loads(request.content))
+        return stream({"choices": [{"text": "H", "finish_reason": "stop"}]})
+
+    ask(http(answer, cache_salt="this load's"))
+    ask(http(answer, cache_salt="this load's", extensions=False))
+    names = {"ignore_eos", "session_id", "end_session", "cache_salt"}
+    assert bodies[0]["cache_salt"] == "this load's"
+    assert [names & set(body) for body in bodies] == [names, set()]
+
+
+def test_http_a_stream_that_breaks_off_is_an_error() -> None:
+    chunk = json.dumps({"choices": [{"text": "H", "finish_reason": None}]})
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, text=f"data: {chunk}\n\n")
+
+    error = ask(http(answer)).error
+    assert error == "the stream broke off after 1 tokens: no finish reason, no [DONE]"
+
+
+@pytest.mark.parametrize("extensions", [True, False])
+def test_http_a_response_that_ends_early_is_an_error_where_it_must_not(extensions: bool) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        ended = {"choices": [{"text": "H", "finish_reason": "stop"}]}
+        return stream(ended, {"choices": [], "usage": {**USAGE, "completion_tokens": 4}})
+
+    error = ask(http(answer, extensions=extensions)).error
+    if extensions:
+        assert error is not None
+        assert "the response has 4 of 5 tokens: the server does not know ignore_eos" in error
+    else:
+        assert error is None
 
 
 @pytest.mark.parametrize("status", [429, 503])

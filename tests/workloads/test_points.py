@@ -20,6 +20,7 @@ from prefillshare_train.workloads import points
 from prefillshare_train.workloads.client import in_process
 from prefillshare_train.workloads.driver import LoadResult
 from prefillshare_train.workloads.errors import WorkloadError
+from prefillshare_train.workloads.metrics import Objectives
 from prefillshare_train.workloads.points import (
     Bench,
     DrawnWorkload,
@@ -85,7 +86,18 @@ def test_other_settings_are_other_points(tmp_path: Path) -> None:
     bench(tmp_path, engines).run([POINT])
     bench(tmp_path, engines, setup={"base": "other"}).run([POINT])
     bench(tmp_path, engines).run([replace(POINT, kv_bytes=1)])
-    assert len(engines) == len(list(tmp_path.glob("*.json"))) == 3
+    bench(tmp_path, engines, objectives=Objectives(ttft_s=9.0)).run([POINT])
+    bench(tmp_path, engines, timeout_s=9.0).run([POINT])
+    assert len(engines) == len(list(tmp_path.glob("*.json"))) == 5
+
+
+def test_other_sessions_of_one_name_are_measured_anew(tmp_path: Path) -> None:
+    """A trace may be written anew under its path."""
+    engines: list[FakeEngine] = []
+    one, other = (RecordedWorkload(plan(seed=seed).sessions(2)) for seed in (1, 2))
+    for workload in (one, one, other):
+        replace(bench(tmp_path, engines), workload_of=lambda _, w=workload: w).run([POINT])
+    assert len(engines) == 2
 
 
 @pytest.mark.parametrize("name", ["machine", "_code_fingerprint"])
@@ -94,8 +106,36 @@ def test_another_machine_or_engine_is_measured_anew(
 ) -> None:
     engines: list[FakeEngine] = []
     bench(tmp_path, engines).run([POINT])
-    monkeypatch.setattr(points, name, lambda: "another")
+    monkeypatch.setattr(points, name, lambda *_: "another")
     bench(tmp_path, engines).run([POINT])
+    assert len(engines) == 2
+
+
+def test_points_of_another_start_of_a_server_are_measured_anew_in_their_place(
+    tmp_path: Path,
+) -> None:
+    engines: list[FakeEngine] = []
+    for start, runs in (("first", 1), ("first", 1), ("second", 2), (None, 2), ("first", 3)):
+        one = bench(tmp_path, engines)
+        replace(one, store=PointStore(tmp_path, {"base": "b"}, server_start=start)).run([POINT])
+        assert len(engines) == runs
+    assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+def test_the_machine_of_a_point_has_a_gpu_only_where_it_was_computed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"a GPU ({device})")
+    devices = ("cpu", "cuda:1")
+    names = {device: PointStore(tmp_path, {}, device=device).machine for device in devices}
+    assert "GPU" not in names["cpu"]
+    assert names["cuda:1"].endswith("a GPU (cuda:1)")
+    engines: list[FakeEngine] = []
+    for device in names:
+        one = bench(tmp_path, engines)
+        store = PointStore(tmp_path, {"base": "b"}, device=device)
+        assert replace(one, store=store).run([POINT])[POINT]["machine"] == names[device]
     assert len(engines) == 2
 
 
@@ -105,7 +145,8 @@ def test_a_file_holds_the_point_and_every_record(tmp_path: Path) -> None:
     held = json.loads(path.read_text())
     assert held["point"]["mode"] == "shared"
     assert held["setup"]["base"] == "b"
-    assert set(held["setup"]) == {"base", "machine", "code"}
+    asked = {"objectives", "fixed_context", "timeout_s", "sessions"}
+    assert set(held["setup"]) == {"base", "machine", "code", *asked}
     assert len(held["requests"]) == 18
     assert len(held["sessions"]) == 3
     assert held["figures"]["machine"]
@@ -145,6 +186,13 @@ def test_recorded_sessions_are_run_as_they_are(tmp_path: Path) -> None:
     workload = RecordedWorkload(sessions)
     assert workload.sessions(POINT) == sessions
     assert workload.warm_up(POINT) == []
+
+
+def test_a_trace_has_a_rate_of_its_own() -> None:
+    sessions = plan("uniform", calls=1).sessions(5)
+    assert RecordedWorkload(sessions).sessions_per_s is None
+    spread = [replace(session, at_s=3 + 0.5 * n) for n, session in enumerate(sessions)]
+    assert RecordedWorkload(spread).sessions_per_s == 2.0
 
 
 SLOW = """

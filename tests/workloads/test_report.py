@@ -142,6 +142,26 @@ def test_gains_compare_each_side_at_its_best_cap() -> None:
     assert best([]) is None
 
 
+def test_tokens_of_calls_that_failed_are_no_throughput() -> None:
+    cut_off = replace(REQUEST, error="x", completion_tokens=7)
+    assert figures(load([REQUEST, cut_off]), None, Objectives())["throughput_tok_s"] == 1.1
+
+
+def test_a_side_whose_calls_all_failed_has_rows_and_no_gain() -> None:
+    isolated = replace(POINT, mode="isolated")
+    rows = rows_of({POINT: numbers(30.0), isolated: numbers(0.0, errors=9)})
+    [gain] = gains(rows)
+    assert (gain["throughput_ratio"], gain["bound_share"], gain["errors"]) == (None, None, 9)
+    assert "| react | memory | 4 | 0.5 | 8 / 8 | – |" in markdown(rows, "TTFT within 2 s")
+
+
+def test_a_cap_without_errors_is_better_than_a_faster_one_with_some() -> None:
+    isolated, more = (replace(POINT, mode="isolated", max_sessions=cap) for cap in (4, 8))
+    found = {POINT: numbers(30.0), isolated: numbers(10.0), more: numbers(50.0, errors=1)}
+    [gain] = gains(rows_of(found))
+    assert (gain["max_sessions_isolated"], gain["errors"]) == (4, 0)
+
+
 def test_loads_of_other_rates_are_not_compared() -> None:
     other = replace(POINT, mode="isolated", sessions_per_s=0.7)
     assert gains(rows_of({POINT: numbers(1.0), other: numbers(1.0)})) == []

@@ -9,6 +9,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from prefillshare_train.data import DataError
+from prefillshare_train.data.generation_header import (
+    header_at_end,
+    plain_header,
+    prompt_and_header,
+)
 from prefillshare_train.serving.api import (
     EngineClient,
     EngineStats,
@@ -124,6 +130,7 @@ class InProcessClient:
 
     def __init__(self, engine: EngineClient) -> None:
         self._engine = engine
+        self._header = plain_header(engine.renderer)
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -141,21 +148,14 @@ class InProcessClient:
             if event.finish_reason is not None:
                 loop.call_soon_threadsafe(_finish, ended)
 
-        request = GenerationRequest(
-            decoder=call.decoder,
-            prompt_ids=call.prompt_ids or self._render(call.messages or ()),
-            sampling=SamplingParams(max_tokens=call.max_tokens, ignore_eos=True),
-            # The prompt's last token at least is the decoder's under every boundary rule.
-            header_length=1,
-            session=call.session,
-            end_session=call.last,
-        )
         start = time.perf_counter()
         try:
+            request = self._request(call)
+            start = time.perf_counter()  # rendering is not the engine's time
             self._engine.submit(request, sink)
         except QueueFullError as error:
             raise OverloadedError(str(error), error.retry_after_s) from error
-        except (ServingError, EngineStoppedError) as error:
+        except (DataError, ServingError, EngineStoppedError) as error:
             return Reply((), "", 0, None, time.perf_counter() - start, error=str(error))
         try:
             await ended
@@ -172,8 +172,22 @@ class InProcessClient:
         """See `Client`."""
         return self._engine.stats()
 
-    def _render(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-        return tuple(self._engine.renderer.prompt_ids([dict(m) for m in messages]))
+    def _request(self, call: Call) -> GenerationRequest:
+        renderer = self._engine.renderer
+        if call.messages is None:
+            ids: Sequence[int] = call.prompt_ids
+            header = header_at_end(ids, self._header)
+        else:
+            messages = renderer.with_system_prompt([dict(m) for m in call.messages])
+            ids, header = prompt_and_header(messages, renderer)
+        return GenerationRequest(
+            decoder=call.decoder,
+            prompt_ids=tuple(ids),
+            sampling=SamplingParams(max_tokens=call.max_tokens, ignore_eos=True),
+            header_length=header,
+            session=call.session,
+            end_session=call.last,
+        )
 
 
 class ManagedEngine(EngineClient, Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -25,7 +26,8 @@ class HttpClient:
     other prompt as the text of one user message.
 
     `ignore_eos` is an extension that vLLM, SGLang and `prefillshare serve` know; it makes lengths
-    the same everywhere. `session_id` and `end_session` are known to `prefillshare serve` alone.
+    the same everywhere, and a response that ends earlier all the same is an error. `cache_salt` is
+    known to vLLM and `prefillshare serve`, `session_id` and `end_session` to the latter alone.
 
     Args:
         url: up to and without `/v1`.
@@ -33,7 +35,9 @@ class HttpClient:
         encode: text to token ids, for sessions whose context grows by what was generated.
         api_key: sent as a bearer token.
         timeout_s: longest silence of the server.
-        extensions: send the fields above, which are not OpenAI's.
+        extensions: send the fields above, which are not OpenAI's and some servers refuse.
+        cache_salt: sent with every call, so that it finds nothing in the server's cache but what
+            this client has sent; only with `extensions`.
         transport: of httpx, for tests.
     """
 
@@ -47,12 +51,14 @@ class HttpClient:
         api_key: str | None = None,
         timeout_s: float = 600.0,
         extensions: bool = True,
+        cache_salt: str | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._api = api
         self._decode = decode
         self._encode = encode
         self._extensions = extensions
+        self._cache_salt = cache_salt
         self._http = httpx.AsyncClient(
             base_url=url.rstrip("/"),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
@@ -88,6 +94,7 @@ class HttpClient:
         last = start
         usage: dict[str, Any] = {}
         error: str | None = None
+        ends: list[str] = []
         try:
             async with self._http.stream("POST", path, json=self._body(call, chat)) as response:
                 if response.status_code in _RETRY_STATUS:
@@ -96,7 +103,7 @@ class HttpClient:
                     content = (await response.aread()).decode(errors="replace")
                     error = f"HTTP {response.status_code}: {content[:500]}"
                 else:
-                    async for chunk in _chunks(response):
+                    async for chunk in _chunks(response, ends):
                         error = error or _error_of(chunk)
                         usage = chunk.get("usage") or usage
                         text = _text_of(chunk)
@@ -107,10 +114,11 @@ class HttpClient:
                         texts.append(text)
         except (httpx.HTTPError, ValueError) as failure:
             error = f"{type(failure).__name__}: {failure}"
-        end = time.perf_counter() if error else last
         text = "".join(texts)
         details = usage.get("prompt_tokens_details") or {}
         count = usage.get("completion_tokens", len(texts))
+        error = error or self._incomplete(call, usage, count, bool(ends))
+        end = time.perf_counter() if error else last
         return Reply(
             token_ids=tuple(self._encode(text)) if self._encode is not None else (),
             text=text,
@@ -119,7 +127,7 @@ class HttpClient:
             total_s=end - start,
             prompt_tokens=usage.get("prompt_tokens"),
             cached_tokens=details.get("cached_tokens"),
-            error=error or (None if count else "the response is empty"),
+            error=error,
         )
 
     async def end_session(self, session: str) -> None:
@@ -127,6 +135,22 @@ class HttpClient:
 
     def stats(self) -> EngineStats | None:
         """Not to be had over HTTP."""
+        return None
+
+    def _incomplete(
+        self, call: Call, usage: dict[str, Any], count: int, finished: bool
+    ) -> str | None:
+        """Why what came is no whole response; None where it is."""
+        if not finished:
+            return f"the stream broke off after {count} tokens: no finish reason, no [DONE]"
+        if not count:
+            return "the response is empty"
+        # Chunks may hold several tokens: without a usage their number says nothing.
+        if self._extensions and usage and count < call.max_tokens:
+            return (
+                f"the response has {count} of {call.max_tokens} tokens: the server does not know "
+                "ignore_eos. Measure it with --no-extensions, at the lengths that it chooses"
+            )
         return None
 
     def _body(self, call: Call, chat: bool) -> dict[str, Any]:
@@ -139,6 +163,8 @@ class HttpClient:
         }
         if self._extensions:
             body |= {"ignore_eos": True, "session_id": call.session, "end_session": call.last}
+            if self._cache_salt is not None:
+                body["cache_salt"] = self._cache_salt
         if not chat:
             body["prompt"] = list(call.prompt_ids)
         elif call.messages is not None:
@@ -150,11 +176,6 @@ class HttpClient:
         return body
 
 
-async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    async for data in event_data(response.aiter_bytes()):
-        yield json.loads(data)
-
-
 def _text_of(chunk: dict[str, Any]) -> str | None:
     """New text of a chunk; None where it brings none (a role, a finish reason, the usage)."""
     for choice in chunk.get("choices", ()):
@@ -162,6 +183,15 @@ def _text_of(chunk: dict[str, Any]) -> str | None:
         if text:
             return str(text)
     return None
+
+
+async def _chunks(response: httpx.Response, ends: list[str]) -> AsyncIterator[dict[str, Any]]:
+    """The events; `ends` gets every sign that the response is whole."""
+    async for data in event_data(response.aiter_bytes(), partial(ends.append, "[DONE]")):
+        chunk = json.loads(data)
+        reasons = (choice.get("finish_reason") for choice in chunk.get("choices", ()))
+        ends.extend(reason for reason in reasons if reason)
+        yield chunk
 
 
 def _error_of(chunk: dict[str, Any]) -> str | None:

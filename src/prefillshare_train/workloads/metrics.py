@@ -37,8 +37,8 @@ def figures(result: LoadResult, work: dict[str, Work] | None, objectives: Object
 
     `p50_s` to `p99_s` are of whole sessions, from arrival to the end of the last call: the time
     that a session waits to be let in counts, so that a low cap on sessions cannot flatter a system.
-    Latencies of requests carry their own names. `throughput_tok_s` is response tokens over the time
-    from the first arrival to the last end.
+    Latencies of requests carry their own names. `throughput_tok_s` is tokens of whole responses
+    over the time from the first arrival to the last end.
 
     Args:
         work: the load's work by mode; None where token ids are unknown.
@@ -46,7 +46,7 @@ def figures(result: LoadResult, work: dict[str, Work] | None, objectives: Object
     done = [request for request in result.requests if request.error is None]
     good = sum(objectives.met(request) for request in result.requests)
     ended = [s.end_s - s.at_s for s in result.sessions if s.error is None]
-    tokens = sum(request.completion_tokens for request in result.requests)
+    tokens = sum(request.completion_tokens for request in done)
     seconds = result.duration_s
     found: Figures = {
         "throughput_tok_s": tokens / seconds,

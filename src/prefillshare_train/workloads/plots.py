@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefillshare_train.workloads.files import write_with
-from prefillshare_train.workloads.report import Row
+from prefillshare_train.workloads.report import Row, best
 
 _COLOURS = {"shared": "#2a9d5c", "isolated": "#8a8a8a"}
 _AXES = {
@@ -137,11 +137,12 @@ def _draw(axes: Any, rows: Sequence[Row], axis: str, key: str) -> None:
 
 
 def _best_along(rows: Sequence[Row], axis: str, key: str) -> list[tuple[float, float]]:
-    """One point a place on the axis: of the row with the highest throughput there."""
-    places: dict[float, Row] = {}
-    for row in sorted(rows, key=lambda row: row["throughput_tok_s"]):
-        places[row[axis]] = row
-    return [(place, row[key]) for place, row in sorted(places.items())]
+    """One point a place on the axis: of the best row there."""
+    places: dict[float, list[Row]] = {}
+    for row in rows:
+        places.setdefault(row[axis], []).append(row)
+    chosen = {place: best(there) for place, there in places.items()}
+    return [(place, row[key]) for place, row in sorted(chosen.items()) if row is not None]
 
 
 def _figure(size: tuple[float, float]) -> Any:

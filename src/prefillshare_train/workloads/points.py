@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import hashlib
 import json
@@ -36,7 +37,7 @@ class LoadPoint:
     Attributes:
         experiment: what it is part of.
         workload: name of the workload.
-        regime: `compute` (the K/V budget holds all that both sides need) or `memory`.
+        regime: `compute` (the K/V budget holds all that both sides need), `memory`, or `unknown`.
         mode: `shared` or `isolated`.
         decoders: number of them.
         sessions_per_s: Poisson arrivals; None lets all sessions arrive at once.
@@ -108,6 +109,13 @@ class RecordedWorkload:
 
     recorded: Sequence[Session]
 
+    @property
+    def sessions_per_s(self) -> float | None:
+        """Rate at which its sessions arrive; None where all arrive at once."""
+        times = [session.at_s for session in self.recorded]
+        span = max(times) - min(times)
+        return (len(times) - 1) / span if span else None
+
     def sessions(self, point: LoadPoint) -> list[Session]:
         """See `Workload`."""
         return list(self.recorded)
@@ -129,11 +137,33 @@ class PointStore:
 
     Args:
         setup: all else that shapes the figures (model, dtype, lengths, seeds), as JSON values.
+        device: that is computed on, see `machine`.
+        server_start: names the start of the server that is measured; points of another start are
+            run again, in their files' place. None where there is none, or for whatever start.
+
+    Attributes:
+        machine: in words.
     """
 
-    def __init__(self, folder: Path, setup: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        setup: dict[str, Any],
+        *,
+        device: str | None = None,
+        server_start: str | None = None,
+    ) -> None:
         self._folder = folder
-        self._setup = {**setup, "machine": machine(), "code": _code_fingerprint()}
+        self._server_start = server_start
+        self.machine = machine(device)
+        self._setup = {**setup, "machine": self.machine, "code": _code_fingerprint()}
+
+    def also(self, setup: dict[str, Any]) -> PointStore:
+        """The same folder, where more shapes the figures."""
+        # The code's fingerprint stays that of the code that was loaded.
+        other = copy.copy(self)
+        other._setup = {**self._setup, **setup}
+        return other
 
     def path(self, point: LoadPoint) -> Path:
         """The point's file."""
@@ -146,7 +176,10 @@ class PointStore:
         path = self.path(point)
         if not path.is_file():
             return None
-        found: Figures = json.loads(path.read_text())["figures"]
+        held = json.loads(path.read_text())
+        if self._server_start not in (None, held["server_start"]):
+            return None
+        found: Figures = held["figures"]
         return found
 
     def write(self, point: LoadPoint, found: Figures, result: LoadResult) -> None:
@@ -154,6 +187,7 @@ class PointStore:
         value = {
             "point": dataclasses.asdict(point),
             "setup": self._setup,
+            "server_start": self._server_start,
             "figures": found,
             "sessions": [dataclasses.asdict(session) for session in result.sessions],
             "requests": [dataclasses.asdict(request) for request in result.requests],
@@ -186,13 +220,14 @@ class Bench:
         """Figures of all points, in their order; finished ones are only read."""
         planned = list(points)
         found: dict[LoadPoint, Figures] = {}
-        calls = {p: self._calls(p) for p in planned if self.store.read(p) is None}
+        stores = {point: self._kept(point) for point in planned}
+        calls = {p: self._calls(p) for p in planned if stores[p].read(p) is None}
         with tqdm(total=sum(calls.values()), unit="call", dynamic_ncols=True) as bar:
             for point in planned:
-                held = self.store.read(point)
+                held = stores[point].read(point)
                 if held is None:
                     bar.set_description(point.label)
-                    held = self._run(point, bar)
+                    held = self._run(point, stores[point], bar)
                 found[point] = held
         return found
 
@@ -201,17 +236,29 @@ class Bench:
         sessions = [*workload.warm_up(point), *workload.sessions(point)]
         return sum(len(session.turns) for session in sessions)
 
-    def _run(self, point: LoadPoint, bar: tqdm[Any]) -> Figures:
+    def _run(self, point: LoadPoint, store: PointStore, bar: tqdm[Any]) -> Figures:
         workload = self.workload_of(point)
         options = DriverOptions(point.max_sessions, self.fixed_context, self.timeout_s)
         warm, result = asyncio.run(
             _drive_both(self.client_of, workload, point, options, lambda: bar.update(1))
         )
         found = figures(result, _work(warm.sent, result.sent), self.objectives)
-        found["machine"] = machine()
-        self.store.write(point, found, result)
+        found["machine"] = store.machine
+        store.write(point, found, result)
         self.on_result(point, result)
         return found
+
+    def _kept(self, point: LoadPoint) -> PointStore:
+        """Where its figures lie; a trace under a known name may hold other sessions than before."""
+        workload = self.workload_of(point)
+        asked = repr((workload.warm_up(point), workload.sessions(point)))
+        setup = {
+            "objectives": dataclasses.asdict(self.objectives),
+            "fixed_context": self.fixed_context,
+            "timeout_s": self.timeout_s,
+            "sessions": hashlib.sha256(asked.encode()).hexdigest(),
+        }
+        return self.store.also(setup)
 
 
 async def _drive_both(

@@ -64,8 +64,8 @@ def counterpart(row: Row, rows: Sequence[Row]) -> Row | None:
 
 
 def best(rows: Sequence[Row]) -> Row | None:
-    """The row of the highest throughput."""
-    return max(rows, key=lambda row: row["throughput_tok_s"], default=None)
+    """The row of the highest throughput, among those without errors where there are any."""
+    return max(rows, key=lambda row: (not row["errors"], row["throughput_tok_s"]), default=None)
 
 
 def gains(rows: Sequence[Row]) -> list[Row]:
@@ -73,7 +73,8 @@ def gains(rows: Sequence[Row]) -> list[Row]:
 
     Returns:
         One entry a load that both modes ran: throughput of shared over isolated, p95 of isolated
-        over shared, and the share of the bound that was reached.
+        over shared, the share of the bound that was reached, and the errors of both sides, which
+        are not 0 where one of them has failed at every cap.
     """
     found = []
     seen: set[tuple[Any, ...]] = set()
@@ -89,7 +90,7 @@ def gains(rows: Sequence[Row]) -> list[Row]:
         shared, isolated = sides["shared"], sides["isolated"]
         if shared is None or isolated is None:
             continue
-        ratio = shared["throughput_tok_s"] / isolated["throughput_tok_s"]
+        ratio = _ratio(shared["throughput_tok_s"], isolated["throughput_tok_s"])
         found.append(
             {
                 **{key: row[key] for key in _CASE},
@@ -100,6 +101,7 @@ def gains(rows: Sequence[Row]) -> list[Row]:
                 "ttft_p95_ratio": _ratio(isolated["ttft_p95_s"], shared["ttft_p95_s"]),
                 "bound": shared["bound"],
                 "bound_share": _ratio(ratio, shared["bound"]),
+                "errors": shared["errors"] + isolated["errors"],
             }
         )
     return found
@@ -141,17 +143,20 @@ def markdown(rows: Sequence[Row], objectives: str) -> str:
         "",
         "p50, p95, p99: of whole sessions, from arrival to the end of the last call. cap: sessions "
         f"that run at once. goodput: share of requests with {objectives}. hits: share of the "
-        "base's prompt tokens whose K/V were found; at most: with a cache that never forgets.",
+        "base's prompt tokens whose K/V were found; at most: with a cache that never forgets. "
+        "regime: memory where the K/V budget is less than what isolated would hold at that cap, "
+        "compute where it is not.",
     ]
     if compared := gains(rows):
         header = ["workload", "regime", "decoders", "sessions/s", "caps", "throughput"]
-        header += ["p95", "TTFT p95", "bound", "of the bound"]
+        header += ["p95", "TTFT p95", "bound", "of the bound", "errors"]
         lines += ["", *_table(header, [_gain_cells(gain) for gain in compared], texts=2)]
         lines += [
             "",
             "Shared against isolated: how many times the throughput, and what part of the latency "
             "(3.0 is a third). caps: shared / isolated, each at its best. bound: work of isolated "
-            "over work of shared at the measured rates, without memory pressure.",
+            "over work of shared at the measured rates, without memory pressure. errors: failed "
+            "calls of both sides; unless 0, the two did not do the same work.",
         ]
     if timed := [row for row in rows if row.get("prefilled_tokens") and row.get("duration_s")]:
         header = ["workload", "regime", "mode", "sessions/s", "cap", "prefilled tokens"]
@@ -237,6 +242,7 @@ def _gain_cells(gain: Row) -> list[str]:
             _number(gain[key])
             for key in ("throughput_ratio", "p95_ratio", "ttft_p95_ratio", "bound", "bound_share")
         ),
+        str(gain["errors"]),
     ]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from prefillshare_train.workloads.points import (
     Workload,
 )
 from prefillshare_train.workloads.report import markdown, rows_of
+from prefillshare_train.workloads.reuse import requests_of, work_of
+from prefillshare_train.workloads.sessions import Session
 from prefillshare_train.workloads.trace import write_trace
 
 
@@ -38,7 +40,7 @@ class Grid:
         decoders: number of them.
         sessions, warm_up, repeats: of each load.
         kv_bytes, staging_bytes, session_tokens: of `EngineConfig`.
-        regime: for reports.
+        regimes: by cap, see `regime_of`; `unknown` where a cap has none.
     """
 
     workload: str
@@ -52,7 +54,7 @@ class Grid:
     kv_bytes: int
     staging_bytes: int = 0
     session_tokens: int = 0
-    regime: str = "compute"
+    regimes: Mapping[int, str] = field(default_factory=dict)
 
     def points(self) -> list[LoadPoint]:
         """All load points, in the order in which they are run."""
@@ -60,7 +62,7 @@ class Grid:
             LoadPoint(
                 experiment="bench",
                 workload=self.workload,
-                regime=self.regime,
+                regime=self.regimes.get(cap, "unknown"),
                 mode=mode,
                 decoders=self.decoders,
                 sessions_per_s=rate,
@@ -84,7 +86,7 @@ def run_grid(
     workload: Workload,
     client_of: ClientFactory,
     out: Path,
-    setup: dict[str, Any],
+    store: PointStore,
     *,
     objectives: Objectives,
     fixed_context: bool = True,
@@ -94,7 +96,7 @@ def run_grid(
     """Run what is not finished, and write `bench.json`, `bench.md` and plots into `out`.
 
     Args:
-        setup: see `PointStore`.
+        store: where finished loads lie.
         record: write the first load that is run as a trace.
 
     Returns:
@@ -107,11 +109,10 @@ def run_grid(
             write_trace(record, result)
             recorded.append(point)
 
-    setup = {**setup, "fixed_context": fixed_context}
     bench = Bench(
         workload_of=lambda point: workload,
         client_of=client_of,
-        store=PointStore(out / "points", setup),
+        store=store,
         objectives=objectives,
         fixed_context=fixed_context,
         timeout_s=timeout_s,
@@ -119,11 +120,32 @@ def run_grid(
     )
     rows = rows_of(bench.run(grid.points()))
     limits = f"TTFT within {objectives.ttft_s:g} s and TPOT within {objectives.tpot_s:g} s"
-    tables = markdown(rows, limits)
     write_json(out / "bench.json", rows)
+    tables = markdown(rows, limits)
     write_text(out / "bench.md", tables)
     plot_loads(rows, out, "bench")
     return tables
+
+
+def regime_of(sessions: Sequence[Session], at_once: int, kv_bytes: int, token_bytes: int) -> str:
+    """Whether memory limits the isolated side of a load.
+
+    Args:
+        sessions: of the load, of which the longest `at_once` are taken to run together.
+        kv_bytes: budget for K/V.
+        token_bytes: K/V bytes of one token.
+
+    Returns:
+        `memory` where the budget is less than what the isolated side holds then: each decoder's own
+        copy of all prompts that it is sent, and a response of each session. `compute` otherwise,
+        and `unknown` where prompts are messages, whose tokens are not counted here.
+    """
+    if any(turn.messages is not None for session in sessions for turn in session.turns):
+        return "unknown"
+    together = sorted(sessions, key=lambda session: session.tokens, reverse=True)[:at_once]
+    prompts = work_of(requests_of(together), "isolated").prefill_tokens
+    responses = sum(max(turn.max_tokens for turn in session.turns) for session in together)
+    return "memory" if kv_bytes < (prompts + responses) * token_bytes else "compute"
 
 
 def choose_lengths(folder: Path | None, tokenizer: PreTrainedTokenizerBase) -> Lengths:

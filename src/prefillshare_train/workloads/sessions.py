@@ -111,6 +111,7 @@ class SessionPlan:
         trials: of `reflexion`.
         calls, response_tokens: of `uniform`.
         seed: of everything drawn.
+        header: tokens that open an answer, with which every prompt then ends.
     """
 
     kind: str
@@ -123,6 +124,7 @@ class SessionPlan:
     calls: int = 8
     response_tokens: int = 32
     seed: int = 0
+    header: TokenIds = ()
 
     def __post_init__(self) -> None:
         if self.kind not in _BUILDERS:
@@ -184,7 +186,7 @@ class _Script:
 
     def call(self, response_tokens: int) -> Response:
         """Let the next decoder answer; its response becomes part of the context."""
-        self.context.append(self.draw.tokens(CUE_TOKENS))
+        self.context.append(self.draw.tokens(CUE_TOKENS) + self.plan.header)
         number = len(self.turns)
         decoder = self.plan.decoders[number % len(self.plan.decoders)]
         scripted = self.draw.tokens(response_tokens)
