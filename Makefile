@@ -72,6 +72,7 @@ bench-attention: $(INSTALLED) ## Measure the CPU attention kernel beside SDPA
 
 bench-train: $(WEIGHTS) ## Measure training speed and memory side by side (QUICK=1: under 3 minutes)
 	$(PYTHON) benchmarks/train_speed.py --model $(MODEL) $(if $(QUICK),--quick)
+	$(if $(QUICK),,$(PYTHON) docs/generate.py)
 
 bench-serve: $(WEIGHTS) ## Measure shared against isolated prefill (QUICK=1: under four minutes)
 	$(PYTHON) benchmarks/serve.py --model $(MODEL) \

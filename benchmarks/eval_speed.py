@@ -30,15 +30,16 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from rich.console import Console
 from rich.table import Table
-from train_speed import machine
+from tqdm import tqdm
 
-from prefillshare_train.core.modules import default_device
-from prefillshare_train.evaluation.answering import answer
+from prefillshare_train.core.devices import default_device, default_dtype_name
+from prefillshare_train.evaluation.answering import Answered, answer
 from prefillshare_train.evaluation.contestants import Contestants, DecoderSpec
 from prefillshare_train.evaluation.prompts import Prompt, render
 from prefillshare_train.evaluation.records import write_json
 from prefillshare_train.evaluation.tasks import make_tasks
 from prefillshare_train.evaluation.variants import Variant, variants_of
+from prefillshare_train.workloads.machine import machine
 
 TASKS = ("bfcl_multiple", "gsm8k")
 
@@ -85,8 +86,9 @@ def our_run(
 ) -> int:
     """Every variant answers every prompt off one prefill; tokens of the answers' texts."""
     wanted = [(prompt, variants) for prompt in prompts]
-    groups = answer(contestants, wanted, batch_size=batch_size, prefill_tokens=32768)
-    outputs = [answered.output for group in groups for answered in group]
+    found: list[Answered] = []
+    answer(contestants, wanted, found.append, batch_size=batch_size, prefill_tokens=32768)
+    outputs = [answered.output for answered in found]
     return sum(len(ids) for ids in contestants.renderer.encode(outputs))
 
 
@@ -107,7 +109,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default=default_dtype_name())
     parser.add_argument("--device", default=str(default_device()), help="of both sides")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--task", action="append", choices=TASKS)
@@ -141,9 +143,11 @@ def main() -> None:
         hflm_run(models, prompts[:2], texts[:2], ends)
         our_run(contestants, variants, prompts[:2], options.batch_size)
         found: dict[str, list[tuple[float, int]]] = {name: [] for name in runs}
-        for number in range(options.rounds):
-            for name in list(runs)[:: -1 if number % 2 else 1]:
-                found[name].append(timed(runs[name]))
+        with tqdm(total=options.rounds * len(runs), desc=task.name, unit="run") as bar:
+            for number in range(options.rounds):
+                for name in list(runs)[:: -1 if number % 2 else 1]:
+                    found[name].append(timed(runs[name]))
+                    bar.update()
         seconds = {n: statistics.median(s for s, _ in values) for n, values in found.items()}
         rows.append(
             {

@@ -19,9 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from train_speed import machine
-
 from prefillshare_train.evaluation.records import write_json
+from prefillshare_train.workloads.machine import machine
 
 RECIPES = Path("recipes/smollm2-135m")
 RUNS = Path("runs/held_out")
@@ -62,10 +61,14 @@ def compare(task: str, adapter: str, batch_size: int) -> list[dict[str, Any]]:
 
 
 def training_log(decoder: Path) -> dict[str, Any]:
-    """Steps, and seconds from the first to the last (of the last start, where it was resumed)."""
+    """Steps, and seconds from the first to the last (of the last start, where it was resumed).
+
+    A run that was killed after its last step has told no seconds.
+    """
     history = json.loads((decoder / "log_history.json").read_text())
-    end = next(entry for entry in history if "train_runtime" in entry)
-    return {"steps": end["step"], "train_seconds": end["train_runtime"]}
+    found = {"steps": max(entry["step"] for entry in history)}
+    told = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
+    return found | ({"train_seconds": told[-1]} if told else {})
 
 
 def main() -> None:

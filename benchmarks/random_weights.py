@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
-from prefillshare_train.core.modules import default_device
+from prefillshare_train.core.devices import default_device
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

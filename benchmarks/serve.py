@@ -33,6 +33,7 @@ import serve_experiments as experiments
 import serve_ttft
 from serve_setup import Lab, decoders_of, random_decoders
 
+from prefillshare_train.core.devices import default_dtype_name
 from prefillshare_train.workloads.files import write_json, write_text
 from prefillshare_train.workloads.metrics import Objectives
 from prefillshare_train.workloads.plots import plot_gain_map, plot_loads
@@ -104,7 +105,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default=".cache/models/smollm2-135m-instruct")
     parser.add_argument("--decoder", action="append", default=[], help="name=folder")
     parser.add_argument("--decoders", type=int, default=4, help="number of them, but for the map")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", default=default_dtype_name(), choices=("float32", "bfloat16"))
     parser.add_argument("--traces", type=Path, default=Path("../shared/data/react_traces"))
     parser.add_argument("--system-tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)

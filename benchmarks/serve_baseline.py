@@ -40,6 +40,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from transformers import logging as transformers_logging
 
+from prefillshare_train.core.devices import default_dtype_name
 from prefillshare_train.workloads.files import write_json
 from prefillshare_train.workloads.machine import machine
 from prefillshare_train.workloads.metrics import Objectives
@@ -197,7 +198,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--model", default=".cache/models/smollm2-135m-instruct")
     parser.add_argument("--decoder", action="append", default=[], help="name=folder")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", default=default_dtype_name(), choices=("float32", "bfloat16"))
     parser.add_argument("--traces", type=Path, default=Path("../shared/data/react_traces"))
     parser.add_argument("--workload", default="react", choices=("react", "reflexion"))
     parser.add_argument("--system-tokens", type=int, default=512)

@@ -234,6 +234,8 @@ def gain_cells(gains: Sequence[dict[str, Any]]) -> dict[int, dict[tuple[int, int
     """Throughput gains of `gain_map` by decoders, then by (prompt, response) tokens."""
     cells: dict[int, dict[tuple[int, int], float]] = {}
     for gain in gains:
+        if gain["throughput_ratio"] is None:  # every call of the isolated side failed
+            continue
         prompt, response = map(int, gain["variant"].split("/"))
         cells.setdefault(gain["decoders"], {})[prompt, response] = gain["throughput_ratio"]
     return cells

@@ -39,6 +39,7 @@ from vllm_figures import Rates, Row, best_caps, comparison, markdown, merged
 from vllm_loads import MODES, Loads
 from vllm_systems import SYSTEMS, Servers, System, stop_on_sigterm
 
+from prefillshare_train.core.devices import default_dtype_name
 from prefillshare_train.engines import vllm as vllm_engine
 from prefillshare_train.engines.vllm.vllm_python import find_python, look_into
 from prefillshare_train.workloads.files import write_json, write_text
@@ -201,7 +202,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default=".cache/models/smollm2-135m-instruct")
     parser.add_argument("--decoder", action="append", default=[], help="name=folder")
     parser.add_argument("--decoders", type=int, default=4, help="number of random ones")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", default=default_dtype_name(), choices=("float32", "bfloat16"))
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     parser.add_argument("--vllm-python", type=Path, help="Python that has vLLM")
     parser.add_argument("--kv-gib", type=int, default=4, help="of each server")

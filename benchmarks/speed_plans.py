@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from speed_workloads import (
     DEVICE,
@@ -25,6 +22,7 @@ from speed_workloads import (
 from transformers import AutoModelForCausalLM
 
 from prefillshare_train.core.cost import matmul_parameters
+from prefillshare_train.training.metrics import measured_tflops
 
 SHAPES = ((64, 64), (256, 64), (512, 64), (1024, 64))
 QUICK_SHAPE = (512, 64)
@@ -39,7 +37,6 @@ CONVERSATIONS = 4  # a micro-batch, unless told otherwise
 EFFICIENCY = {"float32": 0.7, "bfloat16": 0.4}
 TRL_HEAD_SECONDS = 5e-8
 SECONDS_TO_BUILD = 0.7
-PRODUCTS = 20  # timed together on a GPU, where one is done before a clock can be read
 
 
 @dataclass(frozen=True)
@@ -85,20 +82,9 @@ def make_plan(case: Case, workload: Workload, rounds: dict[str, int]) -> Plan:
     return Plan(case, workload, flops, rounds)
 
 
-def matmul_rate(config: Any, dtype: torch.dtype, rows: int, repeats: int = 11) -> float:
+def matmul_rate(config: Any, dtype: torch.dtype, rows: int) -> float:
     """FLOP/s of a plain product of the model's MLP shape, the median of a few."""
-    left = torch.randn(rows, config.hidden_size, dtype=dtype, device=DEVICE)
-    right = torch.randn(config.intermediate_size, config.hidden_size, dtype=dtype, device=DEVICE)
-    count = 1 if DEVICE.type == "cpu" else PRODUCTS
-    times = []
-    for _ in range(repeats):
-        wait_for_device()
-        start = time.perf_counter()
-        for _ in range(count):
-            F.linear(left, right)
-        wait_for_device()
-        times.append((time.perf_counter() - start) / count)
-    return 2 * left.numel() * right.shape[0] / statistics.median(times)
+    return 1e12 * measured_tflops(config, DEVICE, dtype, rows)
 
 
 def wait_for_device() -> None:
@@ -148,6 +134,22 @@ def quick_plans(
                     f"{cost(plans):.0f} s, and {seconds - others:.0f} s are left for them"
                 )
     return [plan for plans in chosen.values() for plan in plans]
+
+
+def in_time(queue: Sequence[Plan], rates: dict[str, float], pace: float, seconds: float) -> Plan:
+    """The first of the plans, with fewer rounds where that takes to end all of them in time.
+
+    Args:
+        queue: what is left to do.
+        rates: from `rates_of`.
+        pace: measured seconds of what is done, over those that it was estimated to take.
+        seconds: left.
+    """
+    for most in range(max(queue[0].rounds.values()), 0, -1):
+        fewer = [replace(p, rounds={m: min(n, most) for m, n in p.rounds.items()}) for p in queue]
+        if pace * sum(plan.seconds(rates[plan.case.dtype]) for plan in fewer) <= seconds:
+            break
+    return fewer[0]
 
 
 def all_plans(options: argparse.Namespace, console: Console) -> list[Plan]:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfi
 
 from prefillshare_train.core.boundary import BoundaryRule
 from prefillshare_train.core.cost import step_flops
-from prefillshare_train.core.modules import default_device
+from prefillshare_train.core.devices import default_device
 from prefillshare_train.core.packing import Method, pack
 from prefillshare_train.core.spans import Conversation, Turn
 

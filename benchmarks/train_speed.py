@@ -16,7 +16,8 @@ Methods: `sft` is a hand-written loop (SDPA, LM head on target positions); `trl`
 completion-only; `alora` the same with a PEFT aLoRA adapter that starts at the assistant header;
 `prefillshare` our trainer's own step. The quick run is 512/64 on the given model, checkpointing
 off, in under three minutes: it takes the largest micro-batches that fit, down to one conversation,
-and one round of TRL and aLoRA (they are slow on a CPU, where TRL runs the LM head everywhere).
+one round of TRL and aLoRA (they are slow on a CPU, where TRL runs the LM head everywhere), and
+fewer rounds of the others where the first settings took longer than estimated.
 
 The whole run takes hours on two cores. It keeps every finished setting under `--runs`: a run that
 was killed, or stopped by `--minutes`, goes on where it was.
@@ -28,7 +29,6 @@ import argparse
 import gc
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -49,6 +49,7 @@ from speed_plans import (
     SHAPES,
     Plan,
     all_plans,
+    in_time,
     matmul_rate,
     quick_plans,
     rates_of,
@@ -56,12 +57,16 @@ from speed_plans import (
 )
 from speed_report import Row, print_table, write_json, write_plot
 
-QUICK_END = 175.0  # seconds after which a quick run starts nothing more
-# How far losses at step 0 may lie apart, in nats a target token. Rounding a logit to bfloat16 moves
-# its loss by as much where the loss is small as where it is large: no share of it would do.
+from prefillshare_train.workloads.machine import machine
+
+RESULTS = Path("benchmarks/results/train_speed.json")
+QUICK_RESULTS = Path("runs/train_speed/quick.json")  # docs/speed.md is of the whole grid
+QUICK_END = 175.0  # seconds after which a quick run ends no setting
+# How far losses at step 0 may lie apart, in nats a target token. What rounding logits to bfloat16
+# does to a loss does not vanish with it: a share of the loss alone would not do.
 TOLERANCES: dict[str, Callable[[float], float]] = {
     "float32": lambda loss: 1e-5 * loss,
-    "bfloat16": lambda loss: 0.02,
+    "bfloat16": lambda loss: max(0.01, 5e-3 * loss),
 }
 
 
@@ -190,21 +195,6 @@ def check_losses(losses: dict[str, float], dtype: str, label: str) -> None:
             )
 
 
-def machine() -> str:
-    """Processor, threads and torch version; the GPU, where there is one."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [
-        line.partition(":")[2].strip()
-        for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else [])
-        if line.startswith("model name")
-    ]
-    name = names[0] if names else platform.processor() or platform.machine()
-    words = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    if torch.cuda.is_available():
-        words = f"{torch.cuda.get_device_name()}, {words}"
-    return words
-
-
 def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -227,7 +217,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches in a step")
     parser.add_argument("--rounds", type=int, help="timed rounds; 3, of TRL and aLoRA 1")
     parser.add_argument("--minutes", type=float, help="start no setting that ends later than this")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train_speed.json"))
+    parser.add_argument("--out", type=Path, help=f"{RESULTS}; {QUICK_RESULTS} with --quick")
     parser.add_argument("--runs", type=Path, default=Path("runs/train_speed"))
     parser.add_argument("--seal-tools", type=Path, default=Path("../shared/data/seal_tools"))
     options = parser.parse_args()
@@ -235,6 +225,7 @@ def parse() -> argparse.Namespace:
         parser.error(f"--model {options.model}: no config.json there; `make model` fetches one")
     if unknown := set(options.dtype) - set(TOLERANCES):
         parser.error(f"--dtype {sorted(unknown)}: known are {', '.join(TOLERANCES)}")
+    options.out = options.out or (QUICK_RESULTS if options.quick else RESULTS)
     for name in ("micro_batch", "accumulation", "rounds"):
         if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more; found {value}")
@@ -271,19 +262,27 @@ def main() -> None:
     if not queue:
         raise SystemExit("nothing fits the three minutes of --quick here; run without it")
     left_out = []
+    estimated, spent = 0.0, 0.0
     with Progress(*columns, console=console) as progress:
         bar = Bar(progress, sum(plan.seconds(rates[plan.case.dtype]) for plan in queue))
-        for plan in queue:
-            rate = rates[plan.case.dtype]
-            if kept and (known := kept.read(plan)):
-                bar.done(plan.seconds(rate), "kept")
+        for number, planned in enumerate(queue):
+            rate = rates[planned.case.dtype]
+            if kept and (known := kept.read(planned)):
+                bar.done(planned.seconds(rate), "kept")
                 rows += known
                 continue
-            if time.perf_counter() - started + plan.seconds(rate) > limit:
+            plan, begin = planned, time.perf_counter()
+            pace = max(1.0, spent / estimated) if estimated else 1.0
+            if options.quick:
+                plan = in_time(queue[number:], rates, pace, QUICK_SECONDS - (begin - started))
+                bar.done(planned.seconds(rate) - plan.seconds(rate), "fewer rounds")
+            if begin - started + pace * plan.seconds(rate) > limit:
                 left_out.append(f"{plan.case.dtype} {plan.case.adapter} {plan.workload.name}")
                 bar.done(plan.seconds(rate), "left out")
                 continue
             measured = measure(plan, options, rate, bar)
+            estimated += plan.seconds(rate)
+            spent += time.perf_counter() - begin
             if kept:
                 kept.keep(plan, measured)
             rows += measured

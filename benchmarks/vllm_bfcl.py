@@ -268,7 +268,7 @@ def compare_task(
     evaluated = folders[0].verdicts(task.name, variant.key)
     outputs = {record["item_id"]: record["output"] for record in folders[1].outputs(task.name)}
     ordered = [outputs[prompt.item.item_id] for prompt in prompts]
-    verdicts = task.judge([prompt.item for prompt in prompts], ordered, lambda: None)
+    verdicts = task.judge([prompt.item for prompt in prompts], ordered, lambda *_: None)
     rows = []
     for prompt, output, verdict in zip(prompts, ordered, verdicts, strict=True):
         record = evaluated[prompt.item.item_id]

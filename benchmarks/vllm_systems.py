@@ -36,8 +36,6 @@ from prefillshare_train.engines.vllm.topology import BASE_NAME, Topology, read_d
 
 System = Literal["shared", "stock", "reference"]
 SYSTEMS: tuple[System, ...] = ("shared", "stock", "reference")
-# Reports how many prompt tokens were found, which is vLLM's own measure of hits.
-_TELL_HITS = "--enable-prompt-tokens-details"
 _STOP_S = 60.0
 
 
@@ -116,7 +114,7 @@ class Servers:
         command += [f"--block-size={self.block_tokens}", f"--kv-gib={self.kv_gib}"]
         command += [f"--store={store}", f"--store-gib={self.kv_gib}"]
         command += [f"--vllm-python={self.python}", f"--run-dir={self.runs / 'up'}"]
-        return [*command, f"--vllm-arg={_TELL_HITS}"]
+        return command
 
     def _serve(self, port: int) -> list[str]:
         command = ["serve", f"--base={self.base}", *self._decoder_options(), f"--port={port}"]
@@ -136,7 +134,6 @@ class Servers:
             dtype=dtype,
             block_size=self.block_tokens,
             kv_gib=self.kv_gib,
-            extra=(_TELL_HITS,),
         )
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         options = instance_options(

@@ -85,23 +85,18 @@ def evaluations() -> list[str]:
         return []
     found = json.loads(path.read_text())
     parts = [
-        "## BFCL, GSM8K, HumanEval and HumanEval+",
+        "## Benchmarks",
         "`python benchmarks/evaluation.py` evaluates the decoders of `make results`. Full-FT is "
         "the `full_prompt` decoder by itself, naive the same decoder on the base's cache.",
-        f"SmolLM2-135M-Instruct; {machine_of(found)}.",
     ]
     for table in found["tables"]:
-        tokens = table["shared_prefill"].items()
-        saving = "; ".join(
-            f"{task}: the base ran {s['base_tokens']:,} prompt tokens in place of "
-            f"{s['base_tokens_if_apart']:,}"
-            for task, s in tokens
-            if s["base_tokens_if_apart"]
-        )
-        parts += [f"### {table['title']}", f"```sh\n{table['command']}\n```"]
-        parts += [table["markdown"].strip(), f"![](../benchmarks/results/{table['plot']})"]
-        if saving:
-            parts.append(f"One prefill for all decoders. {saving}.")
+        parts += [f"### {table['title']}", f"SmolLM2-135M-Instruct; {machine_of(table)}."]
+        parts.append(f"```sh\n{table['command']}\n```")
+        if "trained" in table:
+            trained = "; ".join(f"{name}: {how}" for name, how in table["trained"].items())
+            parts.append(f"Trained: {trained}.")
+        parts.append(table["markdown"].strip())
+        parts.append(f"![](../benchmarks/results/{table['plot']})")
     return parts
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,9 @@ from prefillshare_train.core.contract import ContractError
 from prefillshare_train.core.generate import generate
 from prefillshare_train.core.loading import load_decoder
 from prefillshare_train.core.modules import load_causal_lm
+from prefillshare_train.training.inspection import token_views
+from prefillshare_train.training.recipe import load_recipe
+from prefillshare_train.training.run import prepare_data
 
 runner = CliRunner()
 
@@ -110,6 +116,45 @@ def test_inspect_is_plain_text_when_piped(folder: Path) -> None:
     for part in ("[base]", "[decoder]", "[trained]", "prompt tokens:", "FLOPs of plain"):
         assert part in output
     assert "\x1b[" not in output
+
+
+def test_inspect_tells_which_rows_are_dropped_and_why(folder: Path) -> None:
+    with (folder / "rows.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "Say it. " * 200, "completion": "It."}) + "\n")
+    code, output = run("inspect", folder / "recipe.yaml", "data.max_length=200")
+    assert code == 0, output
+    assert "1 overlong: longer than max_length" in output
+    assert "rows.jsonl:41: prompt of" in output
+
+
+def test_inspect_colours_what_each_model_runs(folder: Path) -> None:
+    loaded = load_recipe([folder / "recipe.yaml"], [])
+    data = prepare_data(loaded)
+    (text,) = token_views(loaded.recipe, data, 1, marks=False)
+    shown = {span.style: text.plain[span.start : span.end] for span in text.spans}
+    turn = data.train[0].turns[0]
+    ids = data.train[0].token_ids
+    assert len(shown) == 3
+    trained = data.renderer.decode(list(ids[turn.prompt_length : turn.end]))
+    assert trained in shown.values()
+    assert "[trained]" not in text.plain
+
+
+def test_a_signal_ends_training_with_its_status_and_a_checkpoint(folder: Path) -> None:
+    command = [sys.executable, "-c", "from prefillshare_train.cli.main import main; main()"]
+    command += ["train", str(folder / "recipe.yaml"), "training.max_steps=5000"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "'loss'" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    assert "run the same command with --resume" in errors
+    assert list((folder / "run").glob("checkpoint-*"))
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])

@@ -30,16 +30,22 @@ def bench(
         ),
     ] = "both",
     rate: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Sessions arriving per second (Poisson), several with commas; all: at once."
+            help="Sessions arriving per second (Poisson), several with commas; all (the default): "
+            "at once. Not of a trace, which has its own arrivals."
         ),
-    ] = "all",
+    ] = None,
     max_sessions: Annotated[
         str, typer.Option(help="Sessions that run at once, several with commas.")
     ] = "8",
-    sessions: Annotated[int, typer.Option(min=1, help="Sessions measured at each load.")] = 32,
-    warm_up: Annotated[int, typer.Option(min=0, help="Sessions before them.")] = 4,
+    sessions: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sessions measured at each load: 32, or those of the trace."),
+    ] = None,
+    warm_up: Annotated[
+        int | None, typer.Option(min=0, help="Sessions before them: 4, or none before a trace.")
+    ] = None,
     speed: Annotated[
         float, typer.Option(help="Of a trace: 2 replays it twice as fast as recorded.")
     ] = 1.0,
@@ -81,6 +87,15 @@ def bench(
     api_key: Annotated[
         str | None, typer.Option(envvar="PREFILLSHARE_API_KEY", help="Over HTTP.")
     ] = None,
+    extensions: Annotated[
+        bool,
+        typer.Option(
+            "--extensions/--no-extensions",
+            help="Over HTTP: send ignore_eos, cache_salt, session_id and end_session, which are "
+            "not OpenAI's. Without them responses end where the server likes, and only one load "
+            "is measured.",
+        ),
+    ] = True,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="Of base and decoders; the decoders' K/V dtype otherwise."),
@@ -94,6 +109,14 @@ def bench(
     out: Annotated[
         Path, typer.Option(help="Folder of results; a killed run goes on there.")
     ] = Path("runs/bench"),
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Over HTTP: go on with loads of an earlier start of the server, or of one that "
+            "does not tell when it was started. As it is now, it must answer as it did then.",
+        ),
+    ] = False,
 ) -> None:
     """Drive agent sessions against an engine or a server; report latency, throughput and hits."""
     from prefillshare_train.cli.errors import user_errors
@@ -106,71 +129,108 @@ def bench(
             http_server,
             modes_of,
             names_of,
+            refuse_with_a_trace,
+            require_one_load,
         )
         from prefillshare_train.workloads.metrics import Objectives
-        from prefillshare_train.workloads.points import DrawnWorkload, RecordedWorkload, Workload
-        from prefillshare_train.workloads.run import Grid, choose_lengths, numbers, run_grid
-        from prefillshare_train.workloads.sessions import SessionPlan
+        from prefillshare_train.workloads.points import (
+            DrawnWorkload,
+            PointStore,
+            RecordedWorkload,
+            Workload,
+        )
+        from prefillshare_train.workloads.run import (
+            Grid,
+            choose_lengths,
+            numbers,
+            regime_of,
+            run_grid,
+        )
+        from prefillshare_train.workloads.sessions import Session, SessionPlan
         from prefillshare_train.workloads.trace import read_trace
         from prefillshare_train.workloads.vocabulary import ordinary_token_ids
 
         names = names_of(decoder, served=url is not None)
+        is_drawn = workload in ("react", "reflexion", "uniform")
+        recorded: list[Session] = []
+        if not is_drawn:
+            refuse_with_a_trace({"--rate": rate, "--sessions": sessions, "--warm-up": warm_up})
+            recorded = read_trace(Path(workload), names, speed=speed)
+        caps = numbers(max_sessions, "--max-sessions")
+        rates = numbers(rate or "all", "--rate", float, words={"all": None})
+        kv_bytes = round(kv_gib * (1 << 30))
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        if url is None:
+            target = engines(base, decoder, dtype, device, max_decode_rows=max_decode_rows)
+        else:
+            target = http_server(
+                url, api, tokenizer, api_key, timeout, extensions=extensions, resume=resume
+            )
+        load: Workload
+        if is_drawn:
+            lengths = choose_lengths(traces, tokenizer)
+            typer.echo(f"lengths: {lengths.source}")
+            plan = SessionPlan(
+                workload,
+                names,
+                ordinary_token_ids(tokenizer),
+                lengths,
+                system_tokens,
+                context_tokens,
+                trials,
+                calls,
+                response_tokens,
+                seed,
+                target.header,
+            )
+            load = DrawnWorkload(plan)
+            asked = plan.sessions(32 if sessions is None else sessions)
+            warm_up = 4 if warm_up is None else warm_up
+        else:
+            asked = recorded
+            load = RecordedWorkload(recorded)
+            rates, warm_up = [load.sessions_per_s], 0
+        token_bytes = target.token_bytes
+        grid = Grid(
+            workload=Path(workload).stem,
+            modes=modes_of(mode, served=url is not None),
+            rates=rates,
+            caps=caps,
+            decoders=len(names),
+            sessions=len(asked),
+            warm_up=warm_up,
+            repeats=repeats,
+            kv_bytes=kv_bytes,
+            staging_bytes=round(staging_gib * (1 << 30)),
+            session_tokens=session_tokens,
+            regimes={}
+            if token_bytes is None
+            else {cap: regime_of(asked, cap, kv_bytes, token_bytes) for cap in caps},
+        )
+        if url is not None and not extensions:
+            require_one_load(grid)
         setup: dict[str, Any] = {
             "base": base,
             "decoders": decoder,
             "url": url,
+            "api": api,
+            "extensions": extensions,
             "dtype": dtype,
+            "device": target.device,
             "seed": seed,
         }
         setup |= {"workload": workload, "traces": str(traces), "speed": speed}
         setup |= {"max_decode_rows": max_decode_rows}
         setup |= {"system_tokens": system_tokens, "context_tokens": context_tokens}
         setup |= {"trials": trials, "calls": calls, "response_tokens": response_tokens}
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        load: Workload
-        if workload in ("react", "reflexion", "uniform"):
-            lengths = choose_lengths(traces, tokenizer)
-            typer.echo(f"lengths: {lengths.source}")
-            vocabulary = ordinary_token_ids(tokenizer)
-            load = DrawnWorkload(
-                SessionPlan(
-                    workload,
-                    names,
-                    vocabulary,
-                    lengths,
-                    system_tokens,
-                    context_tokens,
-                    trials,
-                    calls,
-                    response_tokens,
-                    seed,
-                )
-            )
-        else:
-            load = RecordedWorkload(read_trace(Path(workload), names, speed=speed))
-        grid = Grid(
-            workload=Path(workload).stem,
-            modes=modes_of(mode, served=url is not None),
-            rates=numbers(rate, "--rate", float, words={"all": None}),
-            caps=numbers(max_sessions, "--max-sessions"),
-            decoders=len(names),
-            sessions=sessions,
-            warm_up=warm_up,
-            repeats=repeats,
-            kv_bytes=round(kv_gib * (1 << 30)),
-            staging_bytes=round(staging_gib * (1 << 30)),
-            session_tokens=session_tokens,
-        )
-        if url is None:
-            client_of = engines(base, decoder, dtype, device, max_decode_rows=max_decode_rows)
-        else:
-            client_of = http_server(url, api, tokenizer, api_key, timeout)
         tables = run_grid(
             grid,
             load,
-            client_of,
+            target.client_of,
             out,
-            setup,
+            PointStore(
+                out / "points", setup, device=target.device, server_start=target.server_start
+            ),
             objectives=Objectives(ttft_limit, tpot_limit),
             fixed_context=fixed_context,
             timeout_s=timeout,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,17 @@ def demo(
 ) -> None:
     """Train a tool-calling decoder, compare it with the base, and share one prefill."""
     from prefillshare_train.cli.errors import user_errors
-    from prefillshare_train.training.demo import run_demo
+    from prefillshare_train.cli.train import SIGTERM_STATUS
+    from prefillshare_train.training.demo import DemoStoppedError, run_demo
 
-    with user_errors():
-        typer.echo(run_demo(model, out, recipes, rows=rows, steps=steps))
+    resumed = out.exists()
+    started = time.perf_counter()
+    try:
+        with user_errors():
+            typer.echo(run_demo(model, out, recipes, rows=rows, steps=steps))
+    except DemoStoppedError:
+        typer.echo("stopped by SIGTERM after saving; the same command goes on", err=True)
+        raise typer.Exit(SIGTERM_STATUS) from None
+    minutes = (time.perf_counter() - started) / 60
+    reused = "; what an earlier start had finished was reused" if resumed else ""
+    typer.echo(f"{minutes:.1f} minutes{reused}")

@@ -19,12 +19,20 @@ def evaluate(
     ],
     decoder: Annotated[
         list[str] | None,
-        typer.Option(help="`base`, a decoder's folder, or name=folder; may be given often."),
+        typer.Option(help="`base` or a decoder's folder, or name= and one; may be given often."),
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Of a base on a hub; where not given, what the decoders' contracts say."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of this evaluation.")] = Path("runs/eval"),
-    data: Annotated[Path, typer.Option(help="Folder of the benchmarks' files.")] = Path(
-        "../shared/data"
-    ),
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the benchmarks' files; where not given, ../shared/data, and what is "
+            "not there from the harnesses' own packages and caches."
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="First items of each task.")] = None,
     prefill: Annotated[
         Literal["base", "self"] | None,
@@ -49,7 +57,10 @@ def evaluate(
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Of base and decoders; the decoders' K/V dtype otherwise."),
+        typer.Option(
+            help="Of base and decoders; the decoders' K/V dtype otherwise. Tables mark a decoder "
+            "that was trained in another."
+        ),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="Such as cuda:1 or cpu; the first GPU where there is one.")
@@ -61,6 +72,16 @@ def evaluate(
     allow_contract_mismatch: Annotated[
         bool, typer.Option(help="Evaluate over another base than the contract's; tables say so.")
     ] = False,
+    judge_workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Programs judged at one time; 2, and 1 for HumanEval+ otherwise."),
+    ] = None,
+    timeout_scale: Annotated[
+        float, typer.Option(help="Multiplies HumanEval's 3 seconds for a program.")
+    ] = 1.0,
+    min_time_limit: Annotated[
+        float, typer.Option(help="Seconds that HumanEval+ grants each test at least.")
+    ] = 4.0,
     allow_network: Annotated[
         bool, typer.Option(help="Run model-written code also where its network cannot be cut.")
     ] = False,
@@ -71,7 +92,14 @@ def evaluate(
     with user_errors("eval"):
         import torch
 
-        from prefillshare_train.evaluation.contestants import BASE, Contestants, DecoderSpec
+        from prefillshare_train.evaluation.compare import savings_of
+        from prefillshare_train.evaluation.contestants import (
+            BASE,
+            Contestants,
+            DecoderSpec,
+            renderer_of,
+        )
+        from prefillshare_train.evaluation.records import read_json
         from prefillshare_train.evaluation.run import Limits
         from prefillshare_train.evaluation.run import evaluate as run
         from prefillshare_train.evaluation.task import EvaluationError
@@ -84,16 +112,24 @@ def evaluate(
             raise EvaluationError(
                 f"--sharing-ratio {sharing_ratio}: give numbers from 0 to 1 with commas"
             ) from None
+        specs = [DecoderSpec.parse(text) for text in decoder or [BASE]]
+        # Before the weights, which take long to load.
+        prompts = renderer_of(base, specs, revision=revision, chat_template=chat_template)
         chosen = make_tasks(
             tasks.split(","),
             data,
+            completion=prompts.is_plain,
             bfcl_style=bfcl_style,
             max_new_tokens=max_new_tokens,
+            judge_workers=judge_workers,
+            timeout_scale=timeout_scale,
+            min_time_limit=min_time_limit,
             allow_network=allow_network,
         )
         contestants = Contestants(
             base,
-            [DecoderSpec.parse(text) for text in decoder or [BASE]],
+            specs,
+            revision=revision,
             chat_template=chat_template,
             dtype=None if dtype is None else getattr(torch, dtype),
             device=device,
@@ -102,4 +138,6 @@ def evaluate(
         variants = variants_of(contestants.decoders, prefill, ratios)
         limits = Limits(items=limit, batch_size=batch_size, prefill_tokens=prefill_tokens)
         summary = run(contestants, variants, chosen, out, limits)
+        for saving in savings_of(read_json(summary)):
+            typer.echo(saving)
     typer.echo(f"summary: {summary}; a table: prefillshare compare {out}")

@@ -25,7 +25,10 @@ def held_out(
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Turns answered at once.")] = 16,
 ) -> None:
-    """Compare base, full_prompt, naive sharing and prefillshare on a recipe's held-out rows."""
+    """Compare base, full_prompt, naive sharing and prefillshare on a recipe's held-out rows.
+
+    All run in the recipe's base.dtype; where that is auto, in the K/V dtype of --decoder.
+    """
     from rich.console import Console
 
     from prefillshare_train.cli.errors import user_errors

@@ -21,9 +21,12 @@ def prefill_worker(
         str, typer.Option(help="Address to listen on. K/V travel unencrypted: keep it private.")
     ] = "127.0.0.1:9000",
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"],
-        typer.Option(help="Of the base and its K/V; the engine's."),
-    ] = "bfloat16",
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(
+            help="Of the base and its K/V; the engine's. bfloat16 where this machine multiplies in "
+            "it, float32 elsewhere."
+        ),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="Such as cuda:1 or cpu; the first GPU where there is one.")
     ] = None,
@@ -35,11 +38,14 @@ def prefill_worker(
         import torch
 
         from prefillshare_train.core.contract import weights_fingerprint
-        from prefillshare_train.core.modules import default_device, load_causal_lm
+        from prefillshare_train.core.devices import default_device, default_dtype
+        from prefillshare_train.core.modules import load_causal_lm
         from prefillshare_train.serving.remote import PrefillServer, parse_address
 
         address = parse_address(listen)
-        model = load_causal_lm(base, dtype=getattr(torch, dtype), device=device or default_device())
+        place = device or default_device()
+        kv_dtype = default_dtype(place) if dtype is None else getattr(torch, dtype)
+        model = load_causal_lm(base, dtype=kv_dtype, device=place)
         model.requires_grad_(False).eval()
         server = PrefillServer(model, weights_fingerprint(model), address, key.encode())
         host, port = server.address

@@ -169,6 +169,9 @@ def plan(
         str, typer.Option(help="Folder in the containers under which models lie.")
     ] = "/models",
     namespace: Annotated[str, typer.Option(help="Of Kubernetes.")] = "prefillshare",
+    monitoring_namespace: Annotated[
+        str, typer.Option(help="Namespace of the Prometheus that reads the instances' metrics.")
+    ] = "monitoring",
     max_replicas: Annotated[
         int, typer.Option(min=1, help="To which autoscaling may take a pool.")
     ] = 8,
@@ -218,6 +221,7 @@ def plan(
             memory_gib=memory_gib,
             max_replicas=max_replicas,
             namespace=namespace,
+            monitoring_namespace=monitoring_namespace,
             force=force,
         )
         for path in write_plan(topology, settings, options, tell=_tell):
