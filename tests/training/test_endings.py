@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.training import tiny
-from tests.training.test_launch import launch
+from tests.training.launching import launch
 from transformers import TrainerCallback
 
 from prefillshare_train.training.checkpoints import replace_folder

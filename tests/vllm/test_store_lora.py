@@ -9,7 +9,7 @@ import time
 
 import httpx
 import pytest
-from tests.vllm.conftest import Launcher, prompt_of
+from tests.vllm.conftest import Launcher, core, prompt_of
 from tests.vllm.models import LORA, Models
 from tests.vllm.store_servers import (
     BLOCK,
@@ -63,7 +63,7 @@ def pool(
         options={"decoders": checked},
         lora=folders,
         max_lora_rank=8,
-        cores="0-1",
+        cores=core(0),
         extra=("--max-num-batched-tokens", "48", "--num-gpu-blocks-override", str(ROOM)),
     )
     (instance,) = launch(options)
