@@ -158,19 +158,33 @@ def test_a_dropped_cache_finds_nothing_and_frees_what_nobody_holds() -> None:
 
 def test_waiting_for_a_prefix_that_is_being_prefilled() -> None:
     coming = InFlight(4)
-    coming.add("a", ROOT, [1, 2, 3, 4, 5, 6])
+    coming.add("a", 0, ROOT, [1, 2, 3, 4, 5, 6])
     second = block_key(ROOT, [1, 2, 3, 4])
-    assert coming.worth_waiting(ROOT, [1, 2, 3, 4, 9], 0)
-    assert coming.worth_waiting(ROOT, [1, 2], 0)
-    assert coming.worth_waiting(second, [5, 6, 7], 0)
-    assert not coming.worth_waiting(ROOT, [1, 9, 9, 9], 0)
-    assert not coming.worth_waiting(second, [9], 0)
+    assert coming.worth_waiting(0, ROOT, [1, 2, 3, 4, 9], 0)
+    assert coming.worth_waiting(0, ROOT, [1, 2], 0)
+    assert coming.worth_waiting(0, second, [5, 6, 7], 0)
+    assert not coming.worth_waiting(0, ROOT, [1, 9, 9, 9], 0)
+    assert not coming.worth_waiting(0, second, [9], 0)
     # What is in place already is not waited for.
-    assert not coming.worth_waiting(ROOT, [1, 2, 9, 9], 2)
-    assert not coming.worth_waiting(ROOT, [1, 2, 3, 9], 2)
-    assert coming.worth_waiting(ROOT, [1, 2, 3], 2)
+    assert not coming.worth_waiting(0, ROOT, [1, 2, 9, 9], 2)
+    assert not coming.worth_waiting(0, ROOT, [1, 2, 3, 9], 2)
+    assert coming.worth_waiting(0, ROOT, [1, 2, 3], 2)
+    assert not coming.worth_waiting(1, ROOT, [1, 2, 3, 4], 0), "another worker's"
     coming.remove("a")
-    assert not coming.worth_waiting(ROOT, [1, 2, 3, 4], 0)
+    assert not coming.worth_waiting(0, ROOT, [1, 2, 3, 4], 0)
+
+
+def test_how_much_of_a_prompt_is_coming() -> None:
+    coming = InFlight(4)
+    coming.add("a", 0, ROOT, [1, 2, 3, 4, 5, 6])
+    coming.add("b", 0, ROOT, [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    assert coming.coming(0, ROOT, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]) == 9
+    assert coming.coming(0, ROOT, [1, 2, 3, 4, 5, 6, 9]) == 6
+    assert coming.coming(0, ROOT, [1, 2]) == 2
+    assert coming.coming(0, ROOT, [2, 2]) == 0
+    assert coming.coming(1, ROOT, [1, 2]) == 0
+    coming.remove("b")
+    assert coming.coming(0, ROOT, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]) == 6
 
 
 def test_blocks_that_may_be_read_unwritten_hold_zeros() -> None:

@@ -124,7 +124,7 @@ def test_a_session_can_be_ended_after_the_engine_started_over(
     ended = []
     engine.end_session("s")  # queued, and made only after the books have been replaced
     engine._loop.start_over(lambda: None)
-    monkeypatch.setattr(engine._loop.sessions, "end", ended.append)
+    monkeypatch.setattr(engine._loop.sessions, "end_named", ended.append)
     engine.step()
     assert ended == ["s"]
 

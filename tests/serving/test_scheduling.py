@@ -10,6 +10,8 @@ import pytest
 from tests.serving.served import Collector, Oracle, assert_nothing_leaks, engine_of, request, run
 
 from prefillshare_train.serving import lane, workers
+from prefillshare_train.serving.api import GenerationRequest
+from prefillshare_train.serving.engine import Engine
 from prefillshare_train.serving.models import ServedModels
 from prefillshare_train.serving.router import Candidate, choose_worker
 
@@ -166,6 +168,21 @@ def test_reserved_sessions_find_their_blocks_where_others_thrash(models: ServedM
     assert min(reserved[1:]) > 0.6
 
 
+def test_a_request_that_is_cancelled_in_the_queue_was_never_started(models: ServedModels) -> None:
+    engine = engine_of(models, max_decode_rows=1, prefill_ahead=1)
+    found = Collector()
+    asked = [request("math", context(n, 20), 4) for n in range(3)]
+    for one in asked:
+        engine.submit(one, found)
+    engine.step()
+    for one in asked:
+        engine.cancel(one.request_id)
+    engine.step()
+    started = [found.generation(one.request_id).usage.started for one in asked]
+    assert started == [True, True, False]
+    assert engine.stats().prompt_tokens == 40
+
+
 def test_a_session_without_a_place_waits_and_gets_the_next_free_one(models: ServedModels) -> None:
     engine = engine_of(models, blocks=30, session_tokens=48, session_idle_s=1e9)
     found = Collector()
@@ -186,6 +203,37 @@ def test_a_session_without_a_place_waits_and_gets_the_next_free_one(models: Serv
         engine.end_session(session)
     engine.step()
     assert_nothing_leaks(engine)
+
+
+def test_sessions_that_wait_are_counted_while_no_row_is_free(models: ServedModels) -> None:
+    engine = engine_of(models, 30, session_tokens=48, max_decode_rows=1, prefill_ahead=1)
+    found = Collector()
+    for session in (0, 1, 2, 2):
+        engine.submit(turn("math", session, 20), found)
+    engine.step()
+    stats = engine.stats()
+    assert (stats.waiting, stats.sessions, stats.sessions_waiting) == (2, 2, 1)
+
+
+def admitted_on(engine: Engine, *asked: GenerationRequest) -> list[int]:
+    """Workers that requests are given, none of which runs anything yet; -1 for one that waits."""
+    loop = engine._loop
+    sequences = [engine._intake.sequence(one, Collector()) for one in asked]
+    for seq in sequences:
+        loop.enqueue(seq)
+        loop.scheduler.admit(time.monotonic())
+    return [seq.worker for seq in sequences]
+
+
+def test_no_prompt_waits_for_a_prefix_on_a_worker_that_it_does_not_go_to(
+    models: ServedModels,
+) -> None:
+    system = context(0, 12)
+    engine = engine_of(models, 200, prefill_workers=2)
+    first, other = system + context(1, 60), system + context(2, 60)
+    asked = [request("math", ids, 2) for ids in (first, other, first, first[:50] + (9,) * 8)]
+    # The second shares too little with the first to be drawn to it; the others share most.
+    assert admitted_on(engine, *asked) == [0, 1, -1, -1]
 
 
 def test_an_isolated_session_is_promised_all_its_parts_at_once(models: ServedModels) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -12,7 +12,7 @@ import pytest
 from tests.workloads.fakes import FakeEngine
 
 from prefillshare_train.workloads.client import Call, InProcessClient, OverloadedError, Reply
-from prefillshare_train.workloads.http_client import HttpClient
+from prefillshare_train.workloads.http_client import Api, HttpClient
 
 CALL = Call("s", "a", (1, 2, 3, 4), 5)
 
@@ -158,6 +158,44 @@ def test_http_chat_sends_text_and_the_role_chunk_is_no_token() -> None:
     messages = ({"role": "user", "content": "hello"},)
     ask(http(answer), Call("s", "a", (), 1, messages))
     assert bodies[1]["messages"] == list(messages)
+
+
+class Slow(httpx.AsyncByteStream):
+    """Chunks, and a pause in seconds before each."""
+
+    def __init__(self, *chunks: tuple[float, dict[str, Any]]) -> None:
+        self._chunks = chunks
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for pause, chunk in self._chunks:
+            await asyncio.sleep(pause)
+            yield f"data: {json.dumps(chunk)}\n\n".encode()
+        yield b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize("api", ["completions", "chat"])
+def test_http_tokens_without_text_take_their_time(api: Api) -> None:
+    """Special tokens, which servers give no text, under `ignore_eos`."""
+
+    def chunk(text: str, **more: Any) -> dict[str, Any]:
+        choice = {"text": text} if api == "completions" else {"delta": {"content": text}}
+        return {"choices": [{**choice, "finish_reason": None, **more}]}
+
+    def ask_for(*chunks: tuple[float, dict[str, Any]]) -> Reply:
+        end = (0.0, {"choices": [], "usage": USAGE})
+        answer = httpx.Response(200, stream=Slow(*chunks, end))
+        return ask(http(lambda _: answer, api=api, decode=str))
+
+    role = (0.0, {"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+    first = [role] if api == "chat" else []
+    ended = chunk("", finish_reason="length")
+    late = ask_for(*first, (0.05, chunk("a")), (0.2, ended))
+    assert late.ttft_s is not None
+    assert 0.05 <= late.ttft_s < 0.2 < late.total_s
+    silent = ask_for(*first, (0.1, chunk("", finish_reason="length")))
+    assert silent.error is None
+    assert silent.ttft_s is not None
+    assert min(silent.ttft_s, silent.total_s) >= 0.1
 
 
 def test_http_extensions_are_left_out_where_a_server_refuses_them() -> None:

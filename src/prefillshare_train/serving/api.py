@@ -94,6 +94,7 @@ class GenerationRequest:
         header_length: tokens of the assistant header at the prompt's end, for decoders whose
             boundary rule is `generation_prompt`.
         session: name of the agent session this turn belongs to; None for a request on its own.
+            Sessions of different salts are different ones, whatever their names.
         end_session: the session's last request: its reservation ends with it.
         cache_salt: tenants with different salts never share a block.
         request_id: unique name.
@@ -131,6 +132,7 @@ class Usage:
         queued_s: from submission until its prefill could begin.
         ttft_s: from submission to the first response token; None where there was none.
         total_s: from submission to the end.
+        started: whether it ever left the queue; of what did not, nothing was looked up or run.
     """
 
     prompt_tokens: int
@@ -141,6 +143,7 @@ class Usage:
     queued_s: float
     ttft_s: float | None
     total_s: float
+    started: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +299,7 @@ class EngineClient(Protocol):
         ...
 
     def end_session(self, session: str) -> None:
-        """Give up a session's reservation; unknown ones are ignored."""
+        """Give up a session's reservation, under every salt; unknown ones are ignored."""
         ...
 
     def stats(self) -> EngineStats:

@@ -110,7 +110,7 @@ class Engine:
         self._inbox.put(lambda: self._loop.cancel(request_id))
 
     def end_session(self, session: str) -> None:
-        """Give up a session's reservation; unknown ones are ignored."""
+        """Give up a session's reservation, under every salt; unknown ones are ignored."""
         self._inbox.put(lambda: self._loop.end_session(session))
 
     def generate(self, request: GenerationRequest) -> Generation:

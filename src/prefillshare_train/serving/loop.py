@@ -86,7 +86,7 @@ class Loop:
     def step(self) -> bool:
         """Run one step; whether anything ran."""
         now = time.monotonic()
-        self.sessions.expire(now, {seq.request.session for seq in self.scheduler.waiting})
+        self.sessions.expire(now, {seq.session for seq in self.scheduler.waiting})
         self.scheduler.admit(now)
         started = self._run_own_prompts()
         decoded = self._decode()
@@ -215,8 +215,8 @@ class Loop:
         # Otherwise a worker is writing into its blocks: it ends with the worker's report.
 
     def end_session(self, name: str) -> None:
-        """Give up a session's reservation; unknown ones are ignored."""
-        self.sessions.end(name)
+        """Give up a session's reservation, under every salt; unknown ones are ignored."""
+        self.sessions.end_named(name)
 
     def _finish(
         self,
@@ -242,7 +242,7 @@ class Loop:
     ) -> None:
         now = time.monotonic()
         usage = seq.usage(now)
-        if seq.started_at is not None:  # who never left the queue was looked up nowhere
+        if usage.started:
             self.sums.add(usage)
         self.finished[reason] += 1
         self._open.pop(seq.request.request_id, None)

@@ -25,6 +25,11 @@ class Candidate:
     load_tokens: int
 
 
+def draws(kept_tokens: int, prompt_tokens: int) -> bool:
+    """Whether what is kept of a prompt decides where it is run."""
+    return kept_tokens >= _WORTHWHILE * prompt_tokens
+
+
 def choose_worker(candidates: Sequence[Candidate], prompt_tokens: int, affinity: int | None) -> int:
     """Longest kept prefix, then the session's worker, then the least loaded.
 
@@ -36,7 +41,7 @@ def choose_worker(candidates: Sequence[Candidate], prompt_tokens: int, affinity:
 
     def rank(candidate: Candidate) -> tuple[int, bool, int, int]:
         kept = candidate.kept_tokens
-        if kept < _WORTHWHILE * prompt_tokens:
+        if not draws(kept, prompt_tokens):
             kept = 0
         return (-kept, candidate.number != affinity, candidate.load_tokens, candidate.number)
 

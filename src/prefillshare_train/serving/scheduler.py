@@ -9,7 +9,7 @@ from prefillshare_train.serving.config import EngineConfig
 from prefillshare_train.serving.in_flight import InFlight
 from prefillshare_train.serving.kv_storage import KVStorage
 from prefillshare_train.serving.prefix_cache import Match, PrefixCache
-from prefillshare_train.serving.router import Candidate, choose_worker
+from prefillshare_train.serving.router import Candidate, choose_worker, draws
 from prefillshare_train.serving.sequence import Sequence, State
 from prefillshare_train.serving.sessions import SessionTable
 
@@ -26,6 +26,7 @@ class Scheduler:
 
     Attributes:
         waiting, prefilling, ready, starting, decoding: requests by state.
+        sessions_waiting: sessions that wait for blocks to be promised to them.
     """
 
     def __init__(
@@ -68,23 +69,27 @@ class Scheduler:
         The first that lacks blocks ends the round of its worker, or it would be overtaken for ever;
         one that waits for its session's place, or for a prefix that is being prefilled, does not.
         """
+        self._admit(now)
+        if self.sessions.reserve_blocks:
+            self.sessions_waiting = len(
+                {seq.session for seq in self.waiting if not self._places(seq)}
+            )
+
+    def _admit(self, now: float) -> None:
         limit = self.config.max_decode_rows + self.config.prefill_ahead
-        without_place = 0
         full: set[int] = set()
         for seq in sorted(self.waiting, key=lambda s: self._priority(s, now)):
             if self.running >= limit or len(full) == len(self.caches):
                 return
-            places = [n for n, cache in self.caches.items() if self._has_place(seq, n, cache)]
-            if not places:
-                without_place += 1
+            matches = {n: self.caches[n].match(seq.root, seq.base_ids) for n in self._places(seq)}
+            if not matches:
                 continue
-            worker, match = self._route(seq, places)
+            worker = self._route(seq, matches)
             if worker in full:
                 continue
+            match = matches[worker]
             seq.expected = match.tokens
-            rest = seq.base_ids[len(match.full) * self.storage.block_tokens :]
-            incomplete = match.tokens < seq.base_tokens
-            if incomplete and self._in_flight.worth_waiting(match.parent, rest, match.tail_tokens):
+            if match.tokens < seq.base_tokens and self._worth_waiting(seq, worker, matches):
                 continue
             found = self._take_blocks(seq, worker, match)
             if found is None and self._is_idle(worker) and self.sessions.give_up_one(worker):
@@ -94,10 +99,11 @@ class Scheduler:
                 full.add(worker)
                 continue
             self._start(seq, worker, found, now)
-        self.sessions_waiting = without_place
 
-    def _has_place(self, seq: Sequence, worker: int, cache: PrefixCache) -> bool:
-        return self.sessions.fits(seq.request.session, worker, cache.pool.size)
+    def _places(self, seq: Sequence) -> list[int]:
+        """Workers where a request's session has blocks promised, or can be promised them."""
+        fits = self.sessions.fits
+        return [n for n, cache in self.caches.items() if fits(seq.session, n, cache.pool.size)]
 
     def _is_idle(self, worker: int) -> bool:
         return all(seq.worker != worker for seq in self.admitted)
@@ -106,18 +112,30 @@ class Scheduler:
         waited = now - seq.submitted_at
         return seq.base_tokens - seq.expected - self.config.aging_tokens_per_s * waited
 
-    def _route(self, seq: Sequence, places: list[int]) -> tuple[int, Match]:
-        """A worker among those where the request's session has a place, and what it keeps."""
-        ids = seq.base_ids
-        matches = {number: self.caches[number].match(seq.root, ids) for number in places}
+    def _route(self, seq: Sequence, matches: Mapping[int, Match]) -> int:
+        """A worker among those where the request's session has a place, by what they keep."""
         if len(matches) == 1:
-            return next(iter(matches.items()))
-        session = self.sessions.get(seq.request.session)
+            return next(iter(matches))
+        session = self.sessions.get(seq.session)
         candidates = [
             Candidate(number, match.tokens, self._load(number)) for number, match in matches.items()
         ]
-        number = choose_worker(candidates, len(ids), session.worker if session else None)
-        return number, matches[number]
+        return choose_worker(candidates, seq.base_tokens, session.worker if session else None)
+
+    def _worth_waiting(self, seq: Sequence, worker: int, matches: Mapping[int, Match]) -> bool:
+        """Whether what a prompt lacks is being prefilled, here or where it would then be routed."""
+        size = self.storage.block_tokens
+        for number, match in matches.items():
+            done = len(match.full) * size
+            rest = seq.base_ids[done:]
+            if number == worker:
+                if self._in_flight.worth_waiting(number, match.parent, rest, match.tail_tokens):
+                    return True
+                continue
+            there = done + self._in_flight.coming(number, match.parent, rest)
+            if there > matches[worker].tokens and draws(there, seq.base_tokens):
+                return True
+        return False
 
     def _load(self, worker: int) -> int:
         size = self.storage.block_tokens
@@ -129,7 +147,7 @@ class Scheduler:
         cache = self.caches[worker]
         own = self._blocks(seq.own_capacity)
         tries = [match]
-        others = self.sessions.unused_blocks(worker, seq.request.session)
+        others = self.sessions.unused_blocks(worker, seq.session)
         if self._is_idle(worker):
             # Neither promises to others nor a block to copy a tail from may keep out a request
             # that fits into an empty pool.
@@ -151,14 +169,13 @@ class Scheduler:
             seq.started_at = now
         request = seq.request
         held = len(seq.blocks) + len(seq.own_blocks)
-        seq.turn = self.sessions.begin(
-            request.session, seq.part, worker, held, request.prompt_ids, now
-        )
+        seq.turn = self.sessions.begin(seq.session, seq.part, worker, held, request.prompt_ids, now)
         self.waiting.remove(seq)
         if seq.remaining:
             seq.state = State.PREFILLING
             self.prefilling.append(seq)
-            self._in_flight.add(request.request_id, seq.parent, seq.base_ids[seq.committed :])
+            rest = seq.base_ids[seq.committed :]
+            self._in_flight.add(request.request_id, worker, seq.parent, rest)
         else:
             self._make_ready(seq)
 
@@ -252,7 +269,7 @@ class Scheduler:
                 pool.release(seq.own_blocks if kept else [*seq.blocks, *seq.own_blocks])
         seq.state = State.ENDED
         if seq.request.end_session:
-            self.sessions.end(seq.request.session)
+            self.sessions.end(seq.session)
 
     def send_back(self, seq: Sequence) -> None:
         """A request's worker died before its prompt was in place: let it wait again."""

@@ -13,7 +13,7 @@ from prefillshare_train.serving.lane import DecodeRow, Piece
 from prefillshare_train.serving.models import ServedDecoder
 from prefillshare_train.serving.prefix_cache import Key
 from prefillshare_train.serving.sampling import TokenPicker
-from prefillshare_train.serving.sessions import Turn
+from prefillshare_train.serving.sessions import SessionKey, Turn
 
 
 class State(enum.Enum):
@@ -73,6 +73,12 @@ class Sequence:
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     first_token_at: float | None = None
+
+    @property
+    def session(self) -> SessionKey | None:
+        """The session it belongs to."""
+        name = self.request.session
+        return None if name is None else (self.request.cache_salt, name)
 
     @property
     def base_ids(self) -> tuple[int, ...]:
@@ -148,4 +154,5 @@ class Sequence:
             queued_s=started - self.submitted_at,
             ttft_s=None if first is None else first - self.submitted_at,
             total_s=now - self.submitted_at,
+            started=self.started_at is not None,
         )

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from prefillshare_train.serving.prefix_cache import common_prefix
 
+SessionKey = tuple[str | None, str]
+"""Salt and name: tenants who share no block share no session either."""
+
 
 @dataclass(eq=False)
 class Part:
@@ -59,7 +62,7 @@ class Session:
 class Turn:
     """A request of a session, from its admission to its end."""
 
-    name: str
+    key: SessionKey
     session: Session
     part: Part
     worker: int
@@ -67,7 +70,7 @@ class Turn:
 
 
 class SessionTable:
-    """Sessions by name.
+    """Sessions by their keys.
 
     Args:
         reserve_blocks: blocks promised to each session for all its parts together; 0 promises
@@ -86,7 +89,7 @@ class SessionTable:
         self.reserve_blocks = reserve_blocks
         self._idle_s = idle_s
         self._release = release
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[SessionKey, Session] = {}
         self.retokenized = 0
 
     def __len__(self) -> int:
@@ -94,38 +97,44 @@ class SessionTable:
         # The copy is one step of the interpreter: the engine adds sessions during a plain loop.
         return sum(bool(session.reserved) for session in list(self._sessions.values()))
 
-    def get(self, name: str | None) -> Session | None:
+    def get(self, key: SessionKey | None) -> Session | None:
         """A session that is known."""
-        return self._sessions.get(name) if name is not None else None
+        return self._sessions.get(key) if key is not None else None
 
     def on_worker(self, worker: int) -> Iterator[Session]:
         """Sessions that live on a worker."""
         return (s for s in self._sessions.values() if s.worker == worker)
 
-    def fits(self, name: str | None, worker: int, capacity: int) -> bool:
+    def fits(self, key: SessionKey | None, worker: int, capacity: int) -> bool:
         """Whether a session is known on a worker, or can be promised its blocks there."""
-        if name is None or not self.reserve_blocks:
+        if key is None or not self.reserve_blocks:
             return True
-        session = self._sessions.get(name)
+        session = self._sessions.get(key)
         if session is not None and session.worker == worker:
             return True
         promised = sum(s.reserved for s in self.on_worker(worker))
         return promised == 0 or promised + self.reserve_blocks <= capacity
 
-    def unused_blocks(self, worker: int, besides: str | None) -> int:
+    def unused_blocks(self, worker: int, besides: SessionKey | None) -> int:
         """Blocks promised to other sessions of a worker, and not held by them."""
         own = self.get(besides)
         return sum(s.unused for s in self.on_worker(worker) if s is not own)
 
     def begin(
-        self, name: str | None, part: str, worker: int, held: int, ids: Sequence[int], now: float
+        self,
+        key: SessionKey | None,
+        part: str,
+        worker: int,
+        held: int,
+        ids: Sequence[int],
+        now: float,
     ) -> Turn | None:
         """A request with a prompt of these ids was admitted, and holds so many blocks."""
-        if name is None:
+        if key is None:
             return None
-        session = self._sessions.get(name)
+        session = self._sessions.get(key)
         if session is None:
-            session = self._sessions[name] = Session(worker, self.reserve_blocks, now)
+            session = self._sessions[key] = Session(worker, self.reserve_blocks, now)
         if session.worker != worker:
             self._unpin_all(session)
             session.worker = worker
@@ -137,7 +146,7 @@ class SessionTable:
         session.running += 1
         mine.held += held
         session.last_used = now
-        return Turn(name, session, mine, worker, held)
+        return Turn(key, session, mine, worker, held)
 
     def finish(
         self, turn: Turn | None, keep: Sequence[int], ids: tuple[int, ...], now: float
@@ -152,7 +161,7 @@ class SessionTable:
         Returns:
             Whether the session now holds `keep`.
         """
-        if turn is None or self.get(turn.name) is not turn.session:
+        if turn is None or self.get(turn.key) is not turn.session:
             return False
         session, part = turn.session, turn.part
         session.running -= 1
@@ -172,22 +181,27 @@ class SessionTable:
             turn.session.running -= 1
             turn.part.held -= turn.held
 
-    def end(self, name: str | None) -> None:
+    def end(self, key: SessionKey | None) -> None:
         """Forget a session and give up what it holds."""
-        session = self.get(name)
-        if session is not None and name is not None:
+        session = self.get(key)
+        if session is not None and key is not None:
             self._unpin_all(session)
-            del self._sessions[name]
+            del self._sessions[key]
 
-    def expire(self, now: float, waiting: Collection[str | None]) -> None:
+    def end_named(self, name: str) -> None:
+        """Forget the sessions of a name, one for each salt."""
+        for key in [key for key in self._sessions if key[1] == name]:
+            self.end(key)
+
+    def expire(self, now: float, waiting: Collection[SessionKey | None]) -> None:
         """Forget sessions that have been idle for too long and have no turn that waits."""
         idle = [
-            name
-            for name, s in self._sessions.items()
-            if not s.running and name not in waiting and now - s.last_used > self._idle_s
+            key
+            for key, s in self._sessions.items()
+            if not s.running and key not in waiting and now - s.last_used > self._idle_s
         ]
-        for name in idle:
-            self.end(name)
+        for key in idle:
+            self.end(key)
 
     def give_up_one(self, worker: int) -> bool:
         """Unpin the session of a worker that has been idle longest; False where there is none."""

@@ -111,7 +111,8 @@ class HttpClient:
                             continue
                         last = time.perf_counter()
                         first = last if first is None else first
-                        texts.append(text)
+                        if text:
+                            texts.append(text)
         except (httpx.HTTPError, ValueError) as failure:
             error = f"{type(failure).__name__}: {failure}"
         text = "".join(texts)
@@ -177,11 +178,17 @@ class HttpClient:
 
 
 def _text_of(chunk: dict[str, Any]) -> str | None:
-    """New text of a chunk; None where it brings none (a role, a finish reason, the usage)."""
+    """New text of a chunk, which tokens may lack; None where it tells no time (a role, the usage).
+
+    A special token has no text, nor has one whose text is held back, and either took its time.
+    """
     for choice in chunk.get("choices", ()):
-        text = choice["text"] if "text" in choice else choice.get("delta", {}).get("content")
-        if text:
-            return str(text)
+        if "text" in choice:
+            return str(choice["text"])
+        delta = choice.get("delta") or {}
+        brings = {name for name, value in delta.items() if value}
+        if brings != {"role"} or choice.get("finish_reason"):
+            return str(delta.get("content") or "")
     return None
 
 

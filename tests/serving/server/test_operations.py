@@ -78,6 +78,15 @@ def test_a_cancelled_response_is_no_measurement() -> None:
     assert 'tokens_total{decoder="math",kind="prompt"} 20.0' in text
 
 
+def test_tokens_of_a_prompt_that_never_left_the_queue_are_not_counted() -> None:
+    metrics = ServerMetrics(["math"], FakeEngine().stats)
+    usage = Usage(40, 0, 0, 1, 0, 0.2, None, 0.3, started=False)
+    metrics.finished("math", Event("r", finish_reason="cancelled", usage=usage))
+    text = metrics.exposition().decode()
+    assert 'finish_reason="cancelled"} 1.0' in text
+    assert 'prefillshare_tokens_total{decoder="math",kind="prompt"}' not in text
+
+
 def test_two_servers_do_not_mix_their_metrics(served: Served) -> None:
     served.chat()
     with serve() as other:

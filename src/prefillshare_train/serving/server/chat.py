@@ -128,11 +128,14 @@ def _choice(service: Service, body: ChatRequest, index: int, generation: Generat
 async def _chunks(
     service: Service, body: ChatRequest, answering: Answering
 ) -> AsyncIterator[ChatChunk]:
-    """The stream: each choice's role, its news as they come, its end; then the usage."""
+    """The stream: each choice's role, its news as they come, its end; then the usage.
+
+    The role comes with the first news: clients take the first chunk for the first token.
+    """
     choices = [_StreamedChoice(service, body, index) for index in range(body.n or 1)]
-    for choice in choices:
-        yield _chunk(body, answering, [choice.opening()])
     async for index, event in answering.running.events():
+        if not choices[index].events:
+            yield _chunk(body, answering, [choices[index].opening()])
         for news in choices[index].take(event):
             yield _chunk(body, answering, [news])
     if body.stream_options is not None and body.stream_options.include_usage:

@@ -73,13 +73,14 @@ def completions_router(service: Service) -> APIRouter:
 async def _chunks(
     service: Service, body: CompletionRequest, answering: Answering, count: int
 ) -> AsyncIterator[Completion]:
-    """The stream: news of the choices as they come; then the usage."""
+    """The stream: a chunk a token, also where its text is held back or it has none; the usage.
+
+    Clients time tokens by chunks.
+    """
     events: list[list[Event]] = [[] for _ in range(count)]
     offsets = [0] * count
     async for index, event in answering.running.events():
         events[index].append(event)
-        if not (event.text or event.logprobs or event.finish_reason):
-            continue
         logprobs = _logprobs(service, body, event.logprobs, offsets[index])
         if logprobs is not None:
             offsets[index] += sum(map(len, logprobs.tokens))

@@ -118,7 +118,7 @@ class ServerMetrics:
         """Note the last event of a response."""
         self._responses.labels(decoder, event.finish_reason).inc()
         usage = event.usage
-        if usage is None:
+        if usage is None or not usage.started:
             return
         kinds = {
             "prompt": usage.prompt_tokens,

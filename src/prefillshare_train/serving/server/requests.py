@@ -44,6 +44,7 @@ class StreamOptions(Strict):
         default=None, description="Add a last chunk that carries the usage."
     )
     include_obfuscation: Ignored = None
+    continuous_usage_stats: Ignored = None
 
 
 class SamplingFields(Strict):
