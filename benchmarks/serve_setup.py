@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
-from prefillshare_train.cli.bench_targets import engine_config
+from prefillshare_train.cli.bench_targets import engine_config, identity_of
 from prefillshare_train.core.contract import (
     CONTRACT_NAME,
     Contract,
@@ -76,7 +76,7 @@ class Lab:
     Attributes:
         base: folder of the base.
         dtype: of weights and K/V.
-        models: base and decoders.
+        models: base and decoders; `identity`: see `identity_of`.
         plan: of the sessions; `kind` and sizes are set by each experiment.
         out: where finished load points lie.
         objectives: limits of a good request.
@@ -85,6 +85,7 @@ class Lab:
     base: str
     dtype: str
     models: ServedModels
+    identity: dict[str, Any]
     plan: SessionPlan
     out: Path
     objectives: Objectives
@@ -114,7 +115,8 @@ class Lab:
             system_tokens=system_tokens,
             seed=seed,
         )
-        return cls(base, dtype, models, plan, out, objectives)
+        identity = identity_of(models, decoders)
+        return cls(base, dtype, models, identity, plan, out, objectives)
 
     def plan_of(self, point: LoadPoint) -> SessionPlan:
         """The plan of a load point; `uniform` sessions take their sizes from its variant P/R."""
@@ -159,6 +161,7 @@ class Lab:
         setup = {
             "base": self.base,
             "dtype": self.dtype,
+            "identity": self.identity,
             "lengths": self.plan.lengths.source,
             "system_tokens": self.plan.system_tokens,
             "seed": self.plan.seed,

@@ -39,6 +39,7 @@ from vllm_figures import Rates, Row, best_caps, comparison, markdown, merged
 from vllm_loads import MODES, Loads
 from vllm_systems import SYSTEMS, Servers, System, stop_on_sigterm
 
+from prefillshare_train.cli.bench_targets import decoder_digest
 from prefillshare_train.core.devices import default_dtype_name
 from prefillshare_train.engines import vllm as vllm_engine
 from prefillshare_train.engines.vllm.vllm_python import find_python, look_into
@@ -145,7 +146,7 @@ def load(options: argparse.Namespace) -> tuple[Loads, dict[str, Any]]:
     )
     setup: dict[str, Any] = {
         "base": Path(options.model).name,
-        "decoders": list(decoders),
+        "decoders": {name: decoder_digest(folder) for name, folder in decoders.items()},
         "dtype": options.dtype,
         "block_tokens": options.block_tokens,
         "kv_gib": options.kv_gib,

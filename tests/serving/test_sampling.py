@@ -1,20 +1,14 @@
-"""Tokens are picked by each request's own rules, and text comes as it becomes certain."""
+"""Tokens are picked by each request's own rules."""
 
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 import torch
-from tests.data.helpers import tiny_tokenizer
 from tests.serving.served import Oracle, engine_of, request, run
-from tokenizers import Tokenizer, decoders
-from tokenizers import models as models_of
-from transformers import PreTrainedTokenizerFast
 
 from prefillshare_train.serving.api import SamplingParams, ServingError
-from prefillshare_train.serving.detokenizer import Detokenizer
 from prefillshare_train.serving.models import ServedModels
 from prefillshare_train.serving.sampling import TokenPicker, pick_token
 
@@ -138,64 +132,3 @@ def test_stop_token_ids_and_the_longest_response(models: ServedModels) -> None:
 def test_values_out_of_range_are_named(field: str, value: object) -> None:
     with pytest.raises(ServingError, match=f"{field} must be"):
         SamplingParams(**{field: value})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("text", ["héllo wörld", "日本語 🎉🎉 done", "plain", " leading", "\n\nx"])
-def test_text_in_pieces_adds_up_to_the_whole(text: str) -> None:
-    tokenizer = tiny_tokenizer()
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    stream = Detokenizer(tokenizer, ())
-    pieces = [stream.push(i) for i in ids]
-    assert "".join(pieces) + stream.finish() == text
-    assert all("\ufffd" not in piece for piece in pieces)
-
-
-def test_an_unfinished_character_comes_at_the_end() -> None:
-    tokenizer = tiny_tokenizer()
-    ids = tokenizer("ab🎉", add_special_tokens=False)["input_ids"][:-1]
-    stream = Detokenizer(tokenizer, ())
-    assert "".join(stream.push(i) for i in ids) == "ab"
-    assert stream.finish().startswith("\ufffd")
-
-
-def test_what_may_become_a_stop_string_is_held_back() -> None:
-    tokenizer = tiny_tokenizer()
-    stream = Detokenizer(tokenizer, ("END",))
-    pieces = [stream.push(i) for i in tokenizer("xEyENz", add_special_tokens=False)["input_ids"]]
-    assert pieces == ["x", "", "Ey", "", "", "ENz"]
-    assert stream.stopped_by is None
-    pieces = [stream.push(i) for i in tokenizer("END", add_special_tokens=False)["input_ids"]]
-    assert pieces == ["", "", ""]
-    assert stream.stopped_by == "END"
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte tokens and a fallback decoder, as Llama 2, Mistral, Gemma and Phi-3 have."""
-    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"\u2581b": 256, "c": 257}
-    backend = Tokenizer(models_of.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
-
-
-def test_bytes_that_are_no_text_do_not_end_a_response() -> None:
-    chosen = random.Random(0)
-    for _ in range(300):
-        stream = Detokenizer(byte_tokenizer_once, ())
-        ids = [chosen.choice([0xCE, 0xB2, 0xBF, 0xF0, 256, 257]) for _ in range(12)]
-        text = "".join(stream.push(i) for i in [*ids, 257]) + stream.finish()
-        assert text.endswith("c")
-        assert text.count("c") == ids.count(257) + 1
-
-
-def test_a_cut_off_character_after_byte_tokens_is_marked_once() -> None:
-    stream = Detokenizer(byte_tokenizer_once, ())
-    whole = [stream.push(byte) for byte in "\u6f22".encode()]
-    assert "".join(whole) == "\u6f22"
-    rest = "".join(stream.push(byte) for byte in "\U0001f389".encode()[:2]) + stream.finish()
-    assert set(rest) == {"\ufffd"}
-    assert len(rest) <= 2
-
-
-byte_tokenizer_once = byte_tokenizer()

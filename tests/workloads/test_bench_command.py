@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tests.serving.server.serving import serve
 from tests.workloads.conftest import NAMES
 from typer.testing import CliRunner, Result
 
 from prefillshare_train.cli.main import app
+from prefillshare_train.core.contract import Contract
 from prefillshare_train.serving.config import EngineConfig
 from prefillshare_train.serving.engine import Engine
 from prefillshare_train.serving.models import ServedModels
@@ -37,8 +41,8 @@ def bench(served: Path, out: Path, *options: str) -> str:
 
 def test_both_modes_are_measured_reported_and_recorded(served: Path, tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
-    options = (*DRAWN, "--workload=uniform", "--calls=4", "--rate=all,50", f"--record={trace}")
-    output = bench(served, tmp_path / "out", *options)
+    options = (*DRAWN, "--workload=uniform", "--calls=4", "--rate=all,50")
+    output = bench(served, tmp_path / "out", *options, f"--record={trace}")
     rows = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [(row["mode"], row["sessions_per_s"]) for row in rows] == [
         ("shared", None),
@@ -76,6 +80,26 @@ def test_a_trace_is_replayed_as_its_own_load(served: Path, tmp_path: Path) -> No
         result = invoke(served, tmp_path / "out", *options, given)
         assert result.exit_code == 2
         assert f"{given.partition('=')[0]}: a trace has its own sessions" in result.output
+
+
+def test_decoders_that_changed_in_their_folders_are_measured_anew(
+    served: Path, tmp_path: Path
+) -> None:
+    models = shutil.copytree(served, tmp_path / "models")
+
+    def points() -> int:
+        options = (*DRAWN, "--workload=uniform", "--calls=1", "--mode=shared")
+        bench(models, tmp_path / "out", *options)
+        return len(list((tmp_path / "out" / "points").glob("*.json")))
+
+    assert points() == points() == 1
+    replace(Contract.load(models / "math"), boundary="ratio:0.5").save(models / "math")
+    assert points() == 2
+    for name in ("code/adapter_model", "full/model"):
+        weights = models / f"{name}.safetensors"
+        scaled = {key: 1.5 * tensor for key, tensor in load_file(weights).items()}
+        save_file(scaled, weights, metadata={"format": "pt"})
+    assert points() == points() == 3
 
 
 def test_a_load_tells_what_limits_it_and_where_it_was_computed(

@@ -111,6 +111,17 @@ def test_another_machine_or_engine_is_measured_anew(
     assert len(engines) == 2
 
 
+@pytest.mark.parametrize("part", ["core", "data", "serving", "workloads"])
+def test_code_that_a_load_runs_through_is_part_of_its_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    monkeypatch.setattr(points, "__file__", str(tmp_path / "workloads" / "points.py"))
+    before = points._code_fingerprint()
+    (tmp_path / part).mkdir()
+    (tmp_path / part / "module.py").write_text("VALUE = 1\n")
+    assert points._code_fingerprint() != before
+
+
 def test_points_of_another_start_of_a_server_are_measured_anew_in_their_place(
     tmp_path: Path,
 ) -> None:

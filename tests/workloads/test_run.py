@@ -10,6 +10,7 @@ import pytest
 from tests.workloads.fakes import DECODERS, FakeEngine, plan
 
 from prefillshare_train.workloads.client import in_process
+from prefillshare_train.workloads.errors import WorkloadError
 from prefillshare_train.workloads.metrics import Objectives
 from prefillshare_train.workloads.points import DrawnWorkload, LoadPoint, PointStore
 from prefillshare_train.workloads.run import Grid, regime_of, run_grid
@@ -48,6 +49,27 @@ def test_rows_are_kept_whatever_becomes_of_the_tables(
             objectives=Objectives(),
         )
     assert len(json.loads((tmp_path / "bench.json").read_text())) == 1
+
+
+def test_a_trace_of_loads_that_were_all_finished_is_refused(tmp_path: Path) -> None:
+    def grid(record: Path | None, *caps: int) -> None:
+        run_grid(
+            Grid("uniform", ("shared",), (None,), caps, 4, 3, 0, 1, 1),
+            DrawnWorkload(plan("uniform", calls=2)),
+            lambda point: in_process(FakeEngine()),
+            tmp_path,
+            PointStore(tmp_path / "points", {}),
+            objectives=Objectives(),
+            record=record,
+        )
+
+    trace = tmp_path / "trace.jsonl"
+    grid(None, 2)
+    with pytest.raises(WorkloadError, match=r"trace.jsonl: .* all 1 were finished .* --out"):
+        grid(trace, 2)
+    assert not trace.exists()
+    grid(trace, 2, 3)
+    assert trace.is_file()
 
 
 def test_memory_is_short_where_the_isolated_side_does_not_fit() -> None:

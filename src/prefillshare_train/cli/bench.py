@@ -104,7 +104,8 @@ def bench(
         str | None, typer.Option(help="Such as cuda:1 or cpu; the first GPU where there is one.")
     ] = None,
     record: Annotated[
-        Path | None, typer.Option(help="Write the first load's requests as a trace.")
+        Path | None,
+        typer.Option(help="Write the requests of the first load that is run as a trace."),
     ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder of results; a killed run goes on there.")
@@ -212,6 +213,7 @@ def bench(
         setup: dict[str, Any] = {
             "base": base,
             "decoders": decoder,
+            "identity": target.identity,
             "url": url,
             "api": api,
             "extensions": extensions,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from prefillshare_train.core.contract import CONTRACT_NAME
 from prefillshare_train.data import DataError, make_renderer
 from prefillshare_train.data.generation_header import plain_header
 from prefillshare_train.serving.config import EngineConfig, Mode
@@ -21,6 +23,8 @@ from prefillshare_train.workloads.client import in_process
 from prefillshare_train.workloads.errors import WorkloadError
 from prefillshare_train.workloads.points import ClientFactory, LoadPoint
 from prefillshare_train.workloads.run import Grid
+
+_DECODER_FILES = (CONTRACT_NAME, "config.json", "adapter_config.json", "*.safetensors", "*.bin")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Target:
         device: that the engine computes on; None for a server's, which is not known.
         token_bytes: K/V bytes of one token; None where it is not known.
         server_start: see `PointStore`.
+        identity: `identity_of` what is measured; empty for a server, which has its start.
     """
 
     client_of: ClientFactory
@@ -41,6 +46,7 @@ class Target:
     device: str | None = None
     token_bytes: int | None = None
     server_start: str | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 def names_of(decoders: Sequence[str], *, served: bool) -> tuple[str, ...]:
@@ -74,9 +80,10 @@ def engines(
     max_decode_rows: int,
 ) -> Target:
     """A fresh engine for each load point, all on one copy of the models."""
+    folders = _folders(decoders)
     models = ServedModels.load(
         base,
-        _folders(decoders),
+        folders,
         dtype=None if dtype is None else getattr(torch, dtype),
         device=device,
     )
@@ -89,7 +96,24 @@ def engines(
         plain_header(models.renderer),
         device=str(models.base.device),
         token_bytes=KVGeometry.of(models.base).token_bytes,
+        identity=identity_of(models, folders),
     )
+
+
+def identity_of(models: ServedModels, decoders: Mapping[str, Path]) -> dict[str, Any]:
+    """What tells models from others that lay under the same paths, as JSON values.
+
+    Args:
+        decoders: folders that `models` were loaded from, by name.
+
+    Returns:
+        The base's fingerprint, and of each decoder a digest of its contract, configuration and
+        weights.
+    """
+    return {
+        "base": models.base_fingerprint,
+        "decoders": {name: decoder_digest(folder) for name, folder in decoders.items()},
+    }
 
 
 def engine_config(point: LoadPoint, max_decode_rows: int = 16) -> EngineConfig:
@@ -211,6 +235,16 @@ def _server_start(url: str, api_key: str | None) -> str:
     except (ValueError, KeyError, TypeError):
         ours = []
     return f"created {ours[0]}" if ours else secrets.token_hex(8)
+
+
+def decoder_digest(folder: Path) -> str:
+    """Digest of a decoder's contract, configuration and weights, bit by bit."""
+    hasher = hashlib.sha256()
+    for path in sorted(path for pattern in _DECODER_FILES for path in folder.glob(pattern)):
+        with path.open("rb") as file:
+            hasher.update(f"{path.name}\n".encode())
+            hasher.update(hashlib.file_digest(file, "sha256").digest())
+    return hasher.hexdigest()
 
 
 def _folders(decoders: Sequence[str]) -> dict[str, Path]:

@@ -71,7 +71,7 @@ class Intake:
             ),
             sink,
             TokenPicker(request.sampling, self._storage.device),
-            Detokenizer(models.renderer.tokenizer, request.sampling.stop),
+            Detokenizer(models.renderer.tokenizer, request.sampling.stop, request.prompt_ids),
             request.decoder if isolated else "",
         )
         self._check_size(seq)

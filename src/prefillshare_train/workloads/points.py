@@ -231,6 +231,10 @@ class Bench:
                 found[point] = held
         return found
 
+    def unfinished(self, points: Iterable[LoadPoint]) -> list[LoadPoint]:
+        """Those that `run` would run."""
+        return [point for point in points if self._kept(point).read(point) is None]
+
     def _calls(self, point: LoadPoint) -> int:
         workload = self.workload_of(point)
         sessions = [*workload.warm_up(point), *workload.sessions(point)]
@@ -283,7 +287,7 @@ def _code_fingerprint() -> str:
     """SHA-256 of the sources that a load runs through, so that figures of old code are not kept."""
     package = Path(__file__).resolve().parents[1]
     hasher = hashlib.sha256()
-    for part in ("core", "serving", "workloads"):
+    for part in ("core", "data", "serving", "workloads"):
         for path in sorted((package / part).rglob("*.py")):
             hasher.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
     return hasher.hexdigest()[:16]

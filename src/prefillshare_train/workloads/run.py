@@ -101,6 +101,9 @@ def run_grid(
 
     Returns:
         The tables.
+
+    Raises:
+        WorkloadError: a trace is wanted, and all loads were finished before.
     """
     recorded: list[LoadPoint] = []
 
@@ -118,7 +121,13 @@ def run_grid(
         timeout_s=timeout_s,
         on_result=keep_trace,
     )
-    rows = rows_of(bench.run(grid.points()))
+    points = grid.points()
+    if record is not None and not bench.unfinished(points):
+        raise WorkloadError(
+            f"--record {record}: a trace is written of a load that is run, and all {len(points)} "
+            f"were finished in {out} before. Give another --out, or leave --record out"
+        )
+    rows = rows_of(bench.run(points))
     limits = f"TTFT within {objectives.ttft_s:g} s and TPOT within {objectives.tpot_s:g} s"
     write_json(out / "bench.json", rows)
     tables = markdown(rows, limits)

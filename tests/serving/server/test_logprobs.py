@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.serving.llama_tokenizer import SPECIAL, ids_of, llama_tokenizer
 from tests.serving.server.fake_engine import renderer
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from prefillshare_train.data import make_renderer
 from prefillshare_train.serving.api import TokenLogprob
+from prefillshare_train.serving.detokenizer import Detokenizer
 from prefillshare_train.serving.server.logprobs import (
     TokenTexts,
     chat_logprobs,
@@ -69,3 +71,20 @@ def test_plain_completions_report_the_chosen_token_among_the_likely() -> None:
     assert found.top_logprobs == [{"b": -0.1, "c": -0.2, "a": -3.0}, {"b": -1.0}]
     assert found.tokens == ["a", "b"]
     assert found.text_offset == [5, 6]
+
+
+def test_words_keep_the_space_that_a_texts_first_word_loses() -> None:
+    used = replace(renderer(), tokenizer=llama_tokenizer())
+    texts = TokenTexts(used)
+    ids = ids_of("▁Paris", "<0x20>", "Paris", "▁", "<0xC3>", "<0xA9>", "▁is", "<0x0A>", "Paris")
+    stream = Detokenizer(used.tokenizer, (), ids_of("▁The", "▁is"))
+    text = "".join(map(stream.push, ids))
+    assert text == " Paris Paris é is\nParis"
+    assert b"".join(texts.of(token)[1] for token in ids) == text.encode()
+    assert texts.of(ids_of(SPECIAL)[0]) == (SPECIAL, SPECIAL.encode())
+    spaced, bare, other = ids_of("▁Paris", "Paris", "▁is")
+    entries = [TokenLogprob(spaced, -0.5, ((bare, -1.5),)), TokenLogprob(other, -0.1)]
+    found = completion_logprobs(entries, texts, 3)
+    assert found.tokens == [" Paris", " is"]
+    assert found.top_logprobs == [{" Paris": -0.5, "Paris": -1.5}, {" is": -0.1}]
+    assert found.text_offset == [3, 9]

@@ -29,20 +29,24 @@ class TokenTexts:
     """Text and bytes of single tokens.
 
     A token may be a part of a character; its text is then the replacement character, and its
-    bytes are the true ones where the tokenizer tells them.
+    bytes are the true ones where the tokenizer tells them. An ordinary token has the text that it
+    has behind a word: Llama 2's tokenizer and others drop the space of one that is decoded alone.
     """
 
     def __init__(self, renderer: Renderer) -> None:
         self._renderer = renderer
         self._bytes_of_letters = _letters() if _is_byte_level(renderer.tokenizer) else None
         self._special = set(renderer.tokenizer.all_special_ids)
+        self._word = renderer.encode(["a"])[0]
+        self._word_text = renderer.decode(self._word)
         self.of = lru_cache(_CACHED_TOKENS)(self._of)
         """Text and bytes of a token id."""
 
     def _of(self, token_id: int) -> tuple[str, bytes]:
-        text = self._renderer.decode([token_id])
         if token_id in self._special:
+            text = self._renderer.decode([token_id])
             return text, text.encode()
+        text = self._renderer.decode([*self._word, token_id]).removeprefix(self._word_text)
         token = self._renderer.tokenizer.convert_ids_to_tokens(token_id)
         if isinstance(token, str):
             byte = _BYTE_TOKEN.fullmatch(token)
