@@ -127,6 +127,48 @@ def test_inspect_tells_which_rows_are_dropped_and_why(folder: Path) -> None:
     assert "rows.jsonl:41: prompt of" in output
 
 
+def test_inspect_shows_what_rows_and_templates_hold_as_it_is(folder: Path) -> None:
+    bad = "[/INST] :smile: [train]"
+    with (folder / "rows.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "Say it. " * 200, "completion": bad}) + "\n")
+    code, output = run("inspect", folder / "recipe.yaml", "data.max_length=200")
+    assert code == 0, output
+    assert f"the response begins '{bad}" in output
+
+
+def test_a_header_that_merges_is_told_before_weights_are_read(folder: Path) -> None:
+    """`A:` is one token, so that a header of `:` is part of it after an A."""
+    template = (
+        "{%- for message in messages -%}"
+        "{{- (':\n' if message.role == 'assistant' else '') + message.content -}}"
+        "{{- eos_token if message.role == 'assistant' -}}{%- endfor -%}"
+        "{{- ':\n' if add_generation_prompt -}}"
+    )
+    (folder / "colon.jinja").write_text(template)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (folder / "base" / name).unlink(missing_ok=True)
+    with (folder / "rows.jsonl").open("a") as file:
+        file.writelines(
+            json.dumps({"prompt": f"{n}. Say A", "completion": "A."}) + "\n" for n in range(3)
+        )
+    overrides = ("data.chat_template=colon.jinja", "boundary=generation_prompt")
+    code, output = run("train", folder / "recipe.yaml", "--dry-run", *overrides)
+    assert code == 2
+    assert "boundary generation_prompt: 3 of 43 prompts have no assistant header" in output
+    assert "Say A:\\n'. Set boundary: last_token" in output
+    assert "Traceback" not in output
+    rule = "boundary=last_token"
+    assert run("train", folder / "recipe.yaml", "--dry-run", *overrides, rule)[0] == 0
+
+
+def test_half_a_character_is_told_with_its_line(folder: Path) -> None:
+    with (folder / "rows.jsonl").open("a") as file:
+        file.write('{"prompt": "a\\ud83d", "completion": "b"}\n')
+    code, output = run("train", folder / "recipe.yaml", "--dry-run")
+    assert code == 2
+    assert "rows.jsonl:41: message 1 holds half a surrogate pair" in output
+
+
 def test_inspect_colours_what_each_model_runs(folder: Path) -> None:
     loaded = load_recipe([folder / "recipe.yaml"], [])
     data = prepare_data(loaded)

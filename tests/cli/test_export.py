@@ -59,6 +59,8 @@ def test_faults_are_told_in_one_line(run_folder: Path, tmp_path: Path) -> None:
         (("--to", "someone/tools"), "--base owner/name"),
         (("--to", "hf://tools"), "give hf://owner/name"),
         (("--to", tmp_path / "out", "--evaluation", tmp_path), "is no evaluation"),
+        (("--to", tmp_path / "taken" / "notes.md" / "out"), "Not a directory"),
+        (("--to", tmp_path / "out", "--dtype", "bfloat16"), "Add --merge"),
     ):
         code, output = run(run_folder, *arguments)
         assert code == 2

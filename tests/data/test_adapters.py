@@ -30,7 +30,26 @@ def test_gsm8k_loses_its_calculator_annotations() -> None:
     row = adapters.gsm8k(record({"question": "q", "answer": answer}))
     assert row.messages == chat("q", "She has 4/2 = 2 left, $6.\n#### 6")
     assert row.scoring == "math"
-    assert adapters.gsm8k(record({"question": "q", "answer": "a < b << c"})).scoring == "text"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "use a << 2 >> b, cin<<x>>y",
+        "She has <<4/2=2>>2 left",
+        "#### f(cout << a = b >> c)\ncout<<n=1>>2",
+    ],
+)
+def test_other_answers_under_the_columns_of_gsm8k_lose_nothing(answer: str) -> None:
+    row = adapters.gsm8k(record({"question": "q", "answer": answer}))
+    assert row.messages == chat("q", answer)
+    assert row.scoring == ("math" if "####" in answer else "text")
+
+
+@pytest.mark.parametrize("sum_", ["48/2=24", "(1+2) * 3 = 9", "20*.01=0.2", "5%*$1,000=$50", "=-3"])
+def test_gsm8k_annotations_of_every_form_are_stripped(sum_: str) -> None:
+    row = adapters.gsm8k(record({"question": "q", "answer": f"a <<{sum_}>>b\n#### 1"}))
+    assert row.messages == chat("q", "a b\n#### 1")
 
 
 def test_mbpp_keeps_solved_problems_only() -> None:
@@ -88,6 +107,8 @@ def test_xlam_json_strings() -> None:
     assert [call["function"] for call in row.messages[1]["tool_calls"]] == calls
     assert row.scoring == "tool_calls"
     assert xlam([XLAM_TOOL], calls).messages == row.messages
+    renamed = [{"name": call["name"], "parameters": call["arguments"]} for call in calls]
+    assert xlam([XLAM_TOOL], renamed).messages == row.messages
 
 
 def test_xlam_tools_that_are_json_schema_stay_as_they_are() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -101,6 +102,22 @@ def test_sharegpt() -> None:
     ]
     assert row.tools is not None
     assert row.tools[0]["function"]["name"] == "f"
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_sharegpt_keeps_reasoning_and_calls_beside_text(key: str) -> None:
+    answer = {"from": "gpt", "value": "b", key: "hm", "function_call": CALL}
+    row = formats.sharegpt(record({"conversations": [{"from": "human", "value": "a"}, answer]}))
+    expected: dict[str, Any] = {key: "hm", "tool_calls": [NORMAL_CALL]}
+    assert row.messages[1] == message("assistant", "b", **expected)
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters"])
+def test_sharegpt_calls_by_either_key(key: str) -> None:
+    call = {"name": "f", key: {"a": 1}}
+    items = [{"from": "human", "value": "a"}, {"from": "function_call", "value": json.dumps(call)}]
+    row = formats.sharegpt(record({"conversations": items}))
+    assert row.messages[1]["tool_calls"] == [NORMAL_CALL]
 
 
 @pytest.mark.parametrize(

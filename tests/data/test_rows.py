@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -27,6 +28,8 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
         [{"name": "f", "arguments": '{"a": 1}'}],
         {"name": "f", "arguments": {"a": 1}},
         '[{"name": "f", "arguments": {"a": 1}}]',
+        [{"name": "f", "parameters": {"a": 1}}],
+        [{"function": {"name": "f", "parameters": '{"a": 1}', "arguments": None}}],
     ],
 )
 def test_calls_of_every_form_become_one(calls: Any) -> None:
@@ -57,6 +60,11 @@ def test_calls_keep_their_id_and_may_lack_arguments() -> None:
         (["f"], "message 2: a tool call has no name: 'f'"),
         ([{"name": "f", "arguments": "{"}], "arguments of f is not valid JSON"),
         ([{"name": "f", "arguments": [1]}], r"arguments of f are not an object: \[1\]"),
+        ([{"name": "f", "args": {"a": 1}}], "message 2: the call of f has 'args'"),
+        ([{"function": {"name": "f", "input": {}}}], "message 2: the call of f has 'input'"),
+        ([{"function": {"name": "f"}, "arguments": {"a": 1}}], "the call of f has 'arguments'"),
+        ([{"function": {"name": "f"}, "parameters": {"a": 1}}], "the call of f has 'parameters'"),
+        ([{"name": "f", "arguments": {}, "parameters": {"a": 1}}], "both arguments and param"),
     ],
 )
 def test_bad_calls(calls: Any, found: str) -> None:
@@ -80,6 +88,10 @@ def test_bad_calls(calls: Any, found: str) -> None:
         ([{"role": "user", "content": [{"type": "image"}]}], "content that is not text"),
         ([message("user", "a", tool_calls=[{"name": "f"}])], "has tool_calls but its role is"),
         ([message("assistant", "a", weight=0.5)], "message 1 has weight 0.5"),
+        (
+            [message("assistant", "a", tool_calls=[CALL], function_call={"name": "f"})],
+            "message 1 has both tool_calls and function_call",
+        ),
     ],
 )
 def test_bad_messages(messages: Any, found: str) -> None:
@@ -104,6 +116,37 @@ def test_messages_in_unusual_but_clear_forms() -> None:
         {"role": "tool", "content": "r"},
         {"role": "assistant", "content": "", "weight": 0},
     ]
+
+
+def test_a_legacy_function_call_becomes_a_tool_call() -> None:
+    legacy = {"name": "f", "arguments": '{"a": 1}'}
+    found = normalise_messages([message("assistant", "let me look", function_call=legacy)], "x:1")
+    assert found == [message("assistant", "let me look", tool_calls=[CALL])]
+
+
+HALF = "\\ud83d"
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        message("user", HALF),
+        message("assistant", "a", reasoning_content=HALF),
+        message("assistant", "", tool_calls=[{"name": "f", "arguments": {"a": [HALF]}}]),
+        message("assistant", "", tool_calls=[{"name": "f", "arguments": {HALF: 1}}]),
+        message("assistant", "", tool_calls=[{"name": "f", "arguments": f'{{"a": "{HALF}"}}'}]),
+    ],
+)
+def test_half_a_surrogate_pair_is_told_with_its_row(spoiled: dict[str, Any]) -> None:
+    messages = json.loads(json.dumps([message("user", "😀"), spoiled]).replace("\\\\ud", "\\ud"))
+    with pytest.raises(RowError, match=r"^x:1: message 2 holds half a surrogate pair, which is no"):
+        normalise_messages(messages, "x:1")
+
+
+def test_half_a_surrogate_pair_in_a_tool() -> None:
+    schema = {"name": "g", "parameters": {"properties": {"a": {"enum": ["\ud83d"]}}}}
+    with pytest.raises(RowError, match=r"^x:1: tool 2 holds half a surrogate pair"):
+        normalise_tools([{"name": "f"}, schema], "x:1")
 
 
 def test_input_is_not_changed() -> None:

@@ -40,6 +40,15 @@ def test_it_renders_what_was_trained(tmp_path: Path, options: dict[str, object])
     assert loaded.prompt_contract() == trained.prompt_contract()
 
 
+@pytest.mark.parametrize("names", [("default",), ("default", "tool_use")])
+def test_named_templates_come_back(tmp_path: Path, names: tuple[str, ...]) -> None:
+    templates = {name: helpers.CHATML + f"{{# {name} #}}" for name in names}
+    trained = make_renderer(tiny_tokenizer(templates))
+    trained.saved_tokenizer().save_pretrained(tmp_path)
+    loaded = saved_renderer(tmp_path, trained.prompt_contract())
+    assert loaded.template == (templates if len(names) > 1 else templates["default"])
+
+
 def test_another_template_or_tokenizer_is_refused(tmp_path: Path) -> None:
     trained = save(tmp_path, {"chat_template": "chatml-tools"})
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")

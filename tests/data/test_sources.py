@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.data.helpers import chat, pairs, write_jsonl
+from tests.data.helpers import chat, message, pairs, write_jsonl
 
 from prefillshare_train.data import DataError, SourceConfig
+from prefillshare_train.data.report import SourceReport
 from prefillshare_train.data.sources import LoadedRows, load_rows
 
 SPEC = {
@@ -147,3 +149,95 @@ def test_tools_file_of_another_format_is_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", pairs(1))
     with pytest.raises(DataError, match=r"read by format seal_tools only, but .* prompt_comp"):
         load(path, distractors=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("messages", {"messages": chat("q", "a"), "system": "s"}),
+        ("messages", {"messages": [message("system", "s"), *chat("q", "a")], "system": "s"}),
+        ("prompt_completion", {"prompt": "q", "completion": "a", "system": "s"}),
+        (
+            "prompt_completion",
+            {"prompt": chat("q"), "completion": chat("q", "a")[1:], "system": "s"},
+        ),
+        ("sharegpt", {"conversations": chat("q", "a"), "system": "s"}),
+        ("alpaca", {"instruction": "q", "output": "a", "system": "s"}),
+        ("metamath", {"query": "q", "response": "a", "system": "s", "history": []}),
+    ],
+)
+def test_system_columns_come_first(tmp_path: Path, name: str, row: dict[str, Any]) -> None:
+    loaded = load(write_jsonl(tmp_path / "rows.jsonl", [row]))
+    assert (loaded.format, loaded.unread) == (name, ())
+    assert loaded.rows[0].messages == [message("system", "s"), *chat("q", "a")]
+
+
+def test_two_system_messages_are_refused(tmp_path: Path) -> None:
+    row = {"messages": [message("system", "t"), *chat("q", "a")], "system": "s"}
+    with pytest.raises(DataError, match=r"'system' is 's', but .* another system message: 't'"):
+        load(write_jsonl(tmp_path / "rows.jsonl", [row]))
+
+
+@pytest.mark.parametrize("columns", [("query", "response"), ("instruction", "output")])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_history_becomes_earlier_turns(
+    tmp_path: Path, columns: tuple[str, str], as_text: bool
+) -> None:
+    history: Any = [["q1", "a1"], ["q2", "a2"]]
+    row = dict(zip(columns, ("q3", "a3"), strict=True)) | {
+        "history": json.dumps(history) if as_text else history,
+        "system": "s",
+    }
+    (found,) = load(write_jsonl(tmp_path / "rows.jsonl", [row])).rows
+    assert found.messages == [message("system", "s"), *chat("q1", "a1", "q2", "a2", "q3", "a3")]
+
+
+@pytest.mark.parametrize(
+    ("history", "found"),
+    [
+        ("[[", "'history' is not valid JSON"),
+        ({"q": "a"}, "'history' is not a list"),
+        ([["q", "a"], ["q"]], r"item 2 of 'history' is no pair of texts: \['q'\]"),
+        ([["q", ""]], "message 2 is an assistant message without text"),
+    ],
+)
+def test_bad_history(tmp_path: Path, history: Any, found: str) -> None:
+    row = {"instruction": "q", "output": "a", "history": history}
+    with pytest.raises(DataError, match=f"rows.jsonl:1: {found}"):
+        load(write_jsonl(tmp_path / "rows.jsonl", [row]))
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "key"),
+    [
+        ("gsm8k", {"context": "c", "question": "q", "answer": "a"}, "context"),
+        ("alpaca", {"instruction": "q", "context": "c", "output": "a"}, "context"),
+        ("messages", {"messages": chat("q", "a"), "functions": [{"name": "f"}]}, "functions"),
+        (
+            "prompt_completion",
+            {"prompt": "q", "completion": "a", "history": [["q", "a"]]},
+            "history",
+        ),
+        ("gsm8k", {"question": "q", "answer": "a", "system": "s"}, "system"),
+        ("metamath", {"query": "q", "response": "a", "tools": "[{}]"}, "tools"),
+    ],
+)
+def test_context_that_a_format_does_not_read_is_refused(
+    tmp_path: Path, name: str, row: dict[str, Any], key: str
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(DataError, match=rf"rows.jsonl:1: the format {name} does not read '{key}'"):
+        load(path)
+    assert load(path, columns={"unused": key}).unread == ("unused",)
+    for nothing in (None, "", " ", [], "[]"):
+        assert load(write_jsonl(path, [row | {key: nothing}])).unread == ()
+
+
+def test_other_columns_are_listed_once(tmp_path: Path) -> None:
+    rows = [pair | {"type": "x", "n": n, "id": n, "empty": ""} for n, pair in enumerate(pairs(3))]
+    loaded = load(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert loaded.unread == ("type", "n")
+    assert SourceReport.of("rows.jsonl", loaded).lines() == [
+        "rows.jsonl (prompt_completion): 3 rows read",
+        "  columns not read: type, n",
+    ]

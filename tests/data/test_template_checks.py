@@ -9,6 +9,7 @@ from tests.data import helpers
 from tests.data.helpers import chat, kept, message, renderer_with, row, tokenize, tool
 
 from prefillshare_train.data import DataError, Renderer, make_renderer
+from prefillshare_train.data.report import SourceReport
 
 TOOLS = [tool("lookup", "word"), tool("sum", "left", "right")]
 CALL = {"name": "lookup", "arguments": {"word": "a"}}
@@ -97,3 +98,40 @@ def test_names_outside_ascii_are_recognised() -> None:
     renderer = packaged()
     result = kept(*tokenize(renderer, row(calling(call), tools)))
     assert '"größe"' in helpers.turn_texts(renderer, result)[0][1]
+
+
+SHOWS_REASONING = helpers.CHATML.replace(
+    "message.content",
+    "('<think>' + message.reasoning_content.strip() + '</think>' "
+    "if message.reasoning_content else '') + message.content",
+)
+
+
+def test_reasoning_that_the_template_leaves_out_is_counted_once_a_turn() -> None:
+    def notes(renderer: Renderer, *more: dict[str, Any]) -> tuple[str, ...]:
+        messages = [
+            item
+            for extra in more
+            for item in (message("user", "hi"), message("assistant", "yo", **extra))
+        ]
+        return kept(*tokenize(renderer, row(messages))).notes
+
+    left_out = "reasoning_left_out"
+    for key in ("reasoning_content", "thinking", "reasoning"):
+        assert notes(renderer_with(), {key: "hm"}) == (left_out,)
+        assert notes(renderer_with(), {key: "hm"}, {}, {key: "oh"}) == (left_out, left_out)
+        assert notes(renderer_with(), {key: " "}, {key: None}) == ()
+    assert notes(renderer_with(SHOWS_REASONING), {"reasoning_content": "hm\n"}) == ()
+    assert notes(renderer_with(), {"thinking": "hm", "weight": 0}, {}) == ()
+    assert notes(renderer_with(), {"thinking": "hm", "reasoning": "hm"}) == (left_out,)
+
+
+def test_reasoning_left_out_is_in_the_report() -> None:
+    (result,) = tokenize(
+        renderer_with(), row([*chat("a"), message("assistant", "b", thinking="c")])
+    )
+    report = SourceReport("x", "messages", 1, 0, 1)
+    report.add(result)
+    assert report.lines()[1:] == [
+        "  1 turns whose reasoning the template leaves out: it is not trained"
+    ]

@@ -91,6 +91,14 @@ def save_base(folder: Path) -> Path:
     return tiny.save_base(folder)
 
 
+def give_templates(base: Path, *names: str) -> None:
+    """Several chat templates for a base, no two of them equal."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    own = tokenizer.chat_template
+    tokenizer.chat_template = {name: f"{own}{{# {name} #}}" for name in names}
+    tokenizer.save_pretrained(base)
+
+
 def conditioned_logits(
     folder: Path, prompt: Sequence[int] = PROMPT, header: int = 1
 ) -> torch.Tensor:

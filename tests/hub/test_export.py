@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefillshare_train.core.contract import Contract, ContractError
 from prefillshare_train.core.modules import load_causal_lm
-from prefillshare_train.data import DataError
+from prefillshare_train.data import DataError, saved_renderer
 from prefillshare_train.hub.errors import HubError
 from prefillshare_train.hub.export import ExportOptions, export_decoder
 
@@ -172,6 +172,16 @@ def test_only_the_decoder_leaves(base: Path, tmp_path: Path) -> None:
     }
 
 
+def test_a_tokenizer_with_several_templates_keeps_them(tmp_path: Path) -> None:
+    base = decoders.save_base(tmp_path / "base")
+    decoders.give_templates(base, "default", "tool_use")
+    folder = decoders.save_decoder(tmp_path / "decoder", base, lora={})
+    out = export_decoder(folder, tmp_path / "out", ExportOptions())
+    trained = decoders.renderer_of(base)
+    assert set(trained.template) == {"default", "tool_use"}
+    assert saved_renderer(out, Contract.load(out).prompt).template == trained.template
+
+
 # -- whole or not at all --------------------------------------------------------------------------
 
 
@@ -188,6 +198,17 @@ def test_options_that_a_full_decoder_cannot_take(
     folder = decoders.save_decoder(tmp_path / "decoder", base)
     with pytest.raises(HubError, match=f"(?i){message}"):
         export_decoder(folder, tmp_path / "out", options)
+
+
+@pytest.mark.parametrize("lora", [None, {}], ids=["full", "lora"])
+@pytest.mark.parametrize("option", [{"dtype": "bfloat16"}, {"base": "somewhere"}])
+def test_options_of_merging_are_refused_without_it(
+    base: Path, tmp_path: Path, lora: dict[str, Any] | None, option: dict[str, Any]
+) -> None:
+    folder = decoders.save_decoder(tmp_path / "decoder", base, lora=lora)
+    with pytest.raises(HubError, match=r"--(dtype bfloat16|base-path somewhere) is .* Add --merge"):
+        export_decoder(folder, tmp_path / "out", ExportOptions(**option))
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_left_when_writing_fails(
@@ -208,6 +229,15 @@ def test_nothing_is_left_when_writing_fails(
     export_decoder(folder, tmp_path / "out", ExportOptions())
     with pytest.raises(HubError, match="already holds"):
         export_decoder(folder, tmp_path / "out", ExportOptions())
+
+
+def test_a_place_below_a_file_is_told(base: Path, tmp_path: Path) -> None:
+    folder = decoders.save_decoder(tmp_path / "decoder", base, lora={})
+    (tmp_path / "notes").write_text("mine")
+    out = tmp_path / "notes" / "deep" / "out"
+    with pytest.raises(HubError, match=rf"writing {out} failed.*Not a directory"):
+        export_decoder(folder, out, ExportOptions())
+    assert (tmp_path / "notes").read_text() == "mine"
 
 
 def test_a_checkpoint_that_does_not_load_back_is_not_exported(

@@ -17,7 +17,7 @@ from prefillshare_train.core.contract import Contract
 from prefillshare_train.hub.errors import HubError
 from prefillshare_train.hub.export import ExportOptions, export_decoder
 from prefillshare_train.hub.model import PrefillShareModel
-from prefillshare_train.hub.push import PushOptions, push_decoder
+from prefillshare_train.hub.push import PushOptions, publish_decoder, push_decoder
 
 NAME = "someone/tools"
 WEIGHTS = "adapter_model.safetensors"
@@ -49,7 +49,11 @@ def exported(base: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_it_arrives_private_in_one_commit_and_loads(
@@ -135,6 +139,28 @@ def test_weights_of_an_earlier_push_do_not_stay(
     assert "adapter_config.json" not in files
 
 
+def test_several_templates_arrive_and_do_not_stay(
+    hub: StubHub, exported: Path, tmp_path: Path
+) -> None:
+    base = decoders.save_base(tmp_path / "base")
+    decoders.give_templates(base, "default", "tool_use")
+    folder = decoders.save_decoder(tmp_path / "decoder", base, lora={})
+    options = ExportOptions(base_id=decoders.HUB_BASE)
+    out = export_decoder(folder, tmp_path / "out", options)
+    (out / ".git").mkdir()
+    (out / ".git" / "config").write_text("mine")
+    push_decoder(out, NAME, PushOptions())
+    (out / ".git" / "config").unlink()
+    assert "additional_chat_templates/tool_use.jinja" in hub.repos[NAME].branches["main"]
+    assert hub.repos[NAME].branches["main"] == contents(out)
+    loaded = PrefillShareModel.from_pretrained(NAME, base=str(base))
+    assert loaded.contract == Contract.load(out)
+    hub.repos[NAME].branches["main"]["mine/notes.jinja"] = b"mine"
+    push_decoder(exported, NAME, PushOptions())
+    files = hub.repos[NAME].branches["main"]
+    assert files == {**contents(exported), "mine/notes.jinja": b"mine"}
+
+
 def test_a_public_repository_needs_the_word(hub: StubHub, exported: Path) -> None:
     push_decoder(exported, NAME, PushOptions(public=True))
     assert not hub.repos[NAME].private
@@ -147,6 +173,20 @@ def test_a_base_that_nobody_else_knows_is_refused(hub: StubHub, base: Path, tmp_
     out = export_decoder(folder, tmp_path / "out", ExportOptions())
     with pytest.raises(HubError, match="--base owner/name"):
         push_decoder(out, NAME, PushOptions())
+    assert not hub.requests
+
+
+def test_a_folder_that_cannot_be_written_to_is_told(
+    hub: StubHub, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = decoders.save_decoder(tmp_path / "decoder", base, lora={}, base_id=decoders.HUB_BASE)
+
+    def read_only(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", read_only)
+    with pytest.raises(HubError, match=rf"{tmp_path} cannot be written to.*Permission denied"):
+        publish_decoder(folder, NAME, ExportOptions(), PushOptions())
     assert not hub.requests
 
 

@@ -22,7 +22,8 @@ def inspect(
     from prefillshare_train.training.recipe import load_recipe
     from prefillshare_train.training.run import prepare_data
 
-    console = Console(soft_wrap=True, highlight=False)
+    # Reports quote rows and templates, where [/INST] and :x: mean themselves.
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     files = [item for item in recipe if "=" not in item]
     with user_errors():
         loaded = load_recipe(files, [item for item in recipe if "=" in item])

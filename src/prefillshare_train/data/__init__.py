@@ -3,7 +3,9 @@
 from prefillshare_train.data.answers import is_correct, parse_tool_calls
 from prefillshare_train.data.config import DataConfig, SourceConfig
 from prefillshare_train.data.errors import DataError, RowError, SeamError
+from prefillshare_train.data.generation_header import require_headers
 from prefillshare_train.data.pipeline import EvalExample, PreparedData, build_dataset, renderer_of
+from prefillshare_train.data.readers import unlike_hub_id
 from prefillshare_train.data.rendering import Renderer, make_renderer
 from prefillshare_train.data.report import DataReport
 from prefillshare_train.data.rows import Message, Row, Tool
@@ -29,6 +31,8 @@ __all__ = [
     "make_renderer",
     "parse_tool_calls",
     "renderer_of",
+    "require_headers",
     "saved_renderer",
     "tools_left_out",
+    "unlike_hub_id",
 ]

@@ -6,11 +6,12 @@ import re
 from typing import Any
 
 from prefillshare_train.data.errors import RowError, shorten
-from prefillshare_train.data.formats import alpaca
-from prefillshare_train.data.rows import Record, Row, make_row, parse_json, text_of
+from prefillshare_train.data.formats import alpaca, earlier_turns, with_system
+from prefillshare_train.data.rows import Record, Row, Scoring, make_row, parse_json, text_of
 from prefillshare_train.data.tool_schema import function_tool, type_schema
 
-_CALCULATOR = re.compile(r"<<[^<>]*>>")
+# Sums only: code and prose may hold << and >> too.
+_CALCULATOR = re.compile(r"<<[\d\s.,()+*/%$-]*=[\d\s.,()+*/%$-]+>>")
 _REACT_STEP = re.compile(r"^(Thought|Action|Observation)\s*\d*:", re.MULTILINE)
 
 CODE_REQUEST = (
@@ -31,11 +32,17 @@ def _question_and_answer(record: Record, question: str, answer: str, **options: 
 def metamath(record: Record) -> Row:
     """MetaMathQA: `query` and `response`, which ends in "The answer is: N".
 
-    Other sets have these columns too; a response without that ending is compared as text.
+    Other sets have these columns too, with `system` and `history` as `alpaca` reads them; a
+    response without that ending is compared as text.
     """
     answer = text_of(record, "response")
-    scoring = "math" if "answer is" in answer.lower() else "text"
-    return _question_and_answer(record, text_of(record, "query"), answer, scoring=scoring)
+    conversation = [
+        *earlier_turns(record),
+        {"role": "user", "content": text_of(record, "query")},
+        {"role": "assistant", "content": answer},
+    ]
+    scoring: Scoring = "math" if "answer is" in answer.lower() else "text"
+    return make_row(record, with_system(record, conversation), scoring=scoring)
 
 
 def evol_instruct_code(record: Record) -> Row:
@@ -44,9 +51,15 @@ def evol_instruct_code(record: Record) -> Row:
 
 
 def gsm8k(record: Record) -> Row:
-    """GSM8K: `question` and `answer`, without the `<<48/2=24>>` calculator annotations."""
-    answer = _CALCULATOR.sub("", text_of(record, "answer"))
-    scoring = "math" if "####" in answer else "text"
+    """GSM8K: `question` and `answer`, without the `<<48/2=24>>` calculator annotations.
+
+    Other sets have these columns too; an answer without `####` stays as it is, and is compared as
+    text.
+    """
+    answer = text_of(record, "answer")
+    scoring: Scoring = "text"
+    if "####" in answer:
+        answer, scoring = _CALCULATOR.sub("", answer), "math"
     return _question_and_answer(record, text_of(record, "question"), answer, scoring=scoring)
 
 

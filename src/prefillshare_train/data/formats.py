@@ -6,7 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from prefillshare_train.data.errors import DataError, RowError, shorten
-from prefillshare_train.data.rows import Record, Row, make_row, normalise_messages, text_of
+from prefillshare_train.data.rows import (
+    REASONING,
+    Message,
+    Record,
+    Row,
+    make_row,
+    normalise_messages,
+    parse_json,
+    text_of,
+)
 
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -55,15 +64,61 @@ def detect_format(columns: Iterable[str], origin: str) -> str:
     )
 
 
+def with_system(record: Record, conversation: list[Message]) -> list[Message]:
+    """Normal messages after the row's `system` column, where it has one.
+
+    Raises:
+        RowError: they begin with another system message.
+    """
+    system = text_of(record, "system", default="")
+    if not system.strip():
+        return conversation
+    first = conversation[0]
+    if first["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": system}, *conversation]
+    if first["content"] != system:
+        raise RowError(
+            record.origin,
+            f"'system' is {shorten(system)}, but the conversation begins with another system "
+            f"message: {shorten(first['content'])}",
+            "Keep the one that is meant",
+        )
+    return conversation
+
+
+def earlier_turns(record: Record) -> list[Message]:
+    """The pairs of question and answer in `history`, as messages; none where it is absent.
+
+    Raises:
+        RowError: it is no list of pairs of texts.
+    """
+    history = parse_json(record.values.get("history") or [], "'history'", record.origin)
+    if not isinstance(history, list):
+        raise RowError(
+            record.origin, f"'history' is not a list: {shorten(history)}", "Give a list of pairs"
+        )
+    turns: list[Message] = []
+    for number, pair in enumerate(history, start=1):
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            raise RowError(
+                record.origin,
+                f"item {number} of 'history' is no pair of texts: {shorten(pair)}",
+                "Give [question, answer]",
+            )
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return turns
+
+
 def messages(record: Record) -> Row:
-    """`messages`, and `tools` where there are some."""
+    """`messages`, and `system` and `tools` where there are some."""
     if "messages" not in record.values:
         text_of(record, "messages")
-    return make_row(record, record.values["messages"], record.values.get("tools"))
+    conversation = normalise_messages(record.values["messages"], record.origin)
+    return make_row(record, with_system(record, conversation), record.values.get("tools"))
 
 
 def prompt_completion(record: Record) -> Row:
-    """`prompt` and `completion`, each a string or a list of messages.
+    """`prompt` and `completion`, each a string or a list of messages; `system` and `tools`.
 
     Assistant messages inside the prompt are context and not trained.
     """
@@ -77,7 +132,7 @@ def prompt_completion(record: Record) -> Row:
         after = normalise_messages(completion, record.origin)
     else:
         after = [{"role": "assistant", "content": text_of(record, "completion")}]
-    return make_row(record, before + after, record.values.get("tools"))
+    return make_row(record, with_system(record, before) + after, record.values.get("tools"))
 
 
 def _unweighted(prompt: list[Any]) -> list[Any]:
@@ -88,20 +143,19 @@ def _unweighted(prompt: list[Any]) -> list[Any]:
 
 
 def alpaca(record: Record) -> Row:
-    """`instruction`, `input` (may be absent or empty) and `output`; `system` where there is one."""
+    """`instruction`, `input` (may be absent or empty) and `output`; `system` and `history`.
+
+    The answers in `history` are trained like any other.
+    """
     instruction = text_of(record, "instruction")
     further = text_of(record, "input", default="")
-    system = text_of(record, "system", default="")
-    conversation = [{"role": "system", "content": system}] if system else []
     content = f"{instruction}\n\n{further}" if further.strip() else instruction
-    return make_row(
-        record,
-        [
-            *conversation,
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": text_of(record, "output")},
-        ],
-    )
+    conversation = [
+        *earlier_turns(record),
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": text_of(record, "output")},
+    ]
+    return make_row(record, with_system(record, conversation))
 
 
 def sharegpt(record: Record) -> Row:
@@ -113,13 +167,12 @@ def sharegpt(record: Record) -> Row:
             f"'conversations' should be a list but is {shorten(conversations)}",
             "Give a list of {from, value} objects",
         )
-    system = text_of(record, "system", default="")
-    converted: list[Any] = [{"role": "system", "content": system}] if system else []
-    converted += [
+    converted = [
         _sharegpt_message(item, number, record.origin)
         for number, item in enumerate(conversations, start=1)
     ]
-    return make_row(record, converted, record.values.get("tools"))
+    normal = normalise_messages(converted, record.origin)
+    return make_row(record, with_system(record, normal), record.values.get("tools"))
 
 
 def _sharegpt_message(item: Any, number: int, origin: str) -> Any:
@@ -136,10 +189,8 @@ def _sharegpt_message(item: Any, number: int, origin: str) -> Any:
     message: dict[str, Any] = {"role": _SHAREGPT_ROLES[sender], "content": item.get("value")}
     if sender in ("function_call", "tool_call"):
         message = {"role": "assistant", "content": "", "tool_calls": item.get("value")}
-    elif "tool_calls" in item:
-        message["tool_calls"] = item["tool_calls"]
+    else:
+        message |= {key: item[key] for key in ("tool_calls", "function_call") if key in item}
     if message["content"] is None:
         raise RowError(origin, f"message {number} has no value", "Correct or remove the row")
-    if "weight" in item:
-        message["weight"] = item["weight"]
-    return message
+    return message | {key: item[key] for key in ("weight", *REASONING) if key in item}

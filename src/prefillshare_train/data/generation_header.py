@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from prefillshare_train.core.spans import Conversation
 from prefillshare_train.data.errors import DataError
 from prefillshare_train.data.rendering import Renderer, RenderError
 from prefillshare_train.data.rows import Message, Tool
 
+_TAIL = 16
 # What precedes a header decides whether its tokens merge with it.
 _USER_TEXTS = ("a", "a\n", "a\n\n", "a ", "1", "?", "é", "```")
 
@@ -47,6 +49,27 @@ def generation_header(renderer: Renderer) -> tuple[int, ...]:
             f"conversation: {shown}"
         )
     return next(iter(found))
+
+
+def require_headers(conversations: Sequence[Conversation], renderer: Renderer) -> None:
+    """Check that the prompt of every turn ends in a header, for a boundary that lies before it.
+
+    Raises:
+        DataError: some do not; says how many, and how the first of them ends.
+    """
+    prompts = [
+        (conversation.token_ids[: turn.prompt_length], turn.header_length)
+        for conversation in conversations
+        for turn in conversation.turns
+    ]
+    bare = [ids for ids, length in prompts if length == 0]
+    if bare:
+        raise DataError(
+            f"boundary generation_prompt: {len(bare)} of {len(prompts)} prompts have no assistant "
+            "header, or one whose first token merges with the text before it; the first of them "
+            f"ends in {renderer.decode(bare[0][-_TAIL:])!r}. Set boundary: last_token, or "
+            "data.chat_template to one whose header begins with a special token"
+        )
 
 
 def plain_header(renderer: Renderer) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -196,7 +197,7 @@ def _sampled(loaded: LoadedRows, size: int, seed: int) -> LoadedRows:
     rows = loaded.rows
     if size < len(rows):
         rows = [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), size))]
-    return LoadedRows(rows, loaded.format, loaded.rows_read, loaded.filtered)
+    return dataclasses.replace(loaded, rows=rows)
 
 
 def _tokenize(

@@ -39,6 +39,12 @@ def resolve_path(text: str, base_dir: Path) -> Path | None:
     return None
 
 
+def unlike_hub_id(text: str, base_dir: Path) -> str:
+    """`text`, with `./` before it where it names a place here and could be a hub id elsewhere."""
+    could_be = _HUB_ID.fullmatch(text) and not text.lower().endswith(SUFFIXES)
+    return f"./{text}" if could_be and resolve_path(text, base_dir) is not None else text
+
+
 def require_path(text: str, base_dir: Path, key: str) -> Path:
     """As `resolve_path`.
 

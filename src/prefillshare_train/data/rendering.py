@@ -243,6 +243,9 @@ def make_renderer(
         name, template = load_template("chat", chat_template, base_dir)
     elif tokenizer.chat_template:
         kind, name, template = "tokenizer", "default", tokenizer.chat_template
+        # Saved and loaded again, a dict of this one template comes back as its text.
+        if isinstance(template, dict) and set(template) == {"default"}:
+            template = template["default"]
     else:
         raise DataError(
             "the tokenizer has no chat template. Set data.prompt_template to one of "

@@ -25,6 +25,7 @@ _MEANINGS = {
     "no_end_token": "turns that no end-of-turn token closes: the decoder will not learn to stop",
     "eos_appended": "turns that EOS was appended to",
     "end_token_inside_response": "turns with an end-of-turn token inside the response",
+    "reasoning_left_out": "turns whose reasoning the template leaves out: it is not trained",
 }
 
 
@@ -87,6 +88,7 @@ class SourceReport:
         history_rewritten_turns: the examples they became.
         duplicates: rows that equal an earlier one.
         notes: peculiarities of turns that were kept.
+        unread_columns: columns that hold something and that the format does not read.
     """
 
     source: str
@@ -100,11 +102,19 @@ class SourceReport:
     history_rewritten_turns: int = 0
     duplicates: int = 0
     notes: dict[str, int] = field(default_factory=dict)
+    unread_columns: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, source: str, loaded: LoadedRows) -> SourceReport:
         """A report before tokenization."""
-        return cls(source, loaded.format, loaded.rows_read, loaded.filtered, len(loaded.rows))
+        return cls(
+            source,
+            loaded.format,
+            loaded.rows_read,
+            loaded.filtered,
+            len(loaded.rows),
+            unread_columns=list(loaded.unread),
+        )
 
     def add(self, result: TokenizedRow | Drop) -> None:
         """Count one tokenized row."""
@@ -146,6 +156,8 @@ class SourceReport:
         if self.rows != self.rows_read - self.rows_filtered:
             head += f", {self.rows} sampled"
         lines = [head]
+        if self.unread_columns:
+            lines.append(f"  columns not read: {', '.join(self.unread_columns)}")
         dropped = sum(drop.count for drop in self.drops.values())
         if dropped:
             lines += [f"  {dropped} rows dropped:", *(f"  {line}" for line in self._drops())]

@@ -13,6 +13,10 @@ Message = dict[str, Any]
 Tool = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Keys of a message under which chat templates look for its reasoning."""
+# What a call may hold beside its arguments. A key unknown here may be the arguments' own.
+_CALL_KEYS = frozenset({"id", "index", "type", "name", "function"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +40,8 @@ class Row:
 
     Attributes:
         messages: `role` and `content` (always a string), and where the row has them `tool_calls`
-            (`{"type": "function", "function": {"name", "arguments"}}` with arguments as an object)
-            and `weight` (0 or 1).
+            (`{"type": "function", "function": {"name", "arguments"}}` with arguments as an object),
+            `weight` (0 or 1) and what else the template may read, such as `REASONING`.
         tools: JSON-schema function tools, or None.
         origin: where the row lies, for errors.
         id: the source's own id, or `origin`.
@@ -141,7 +145,12 @@ def _message(value: Any, number: int, origin: str) -> Message:
             f"Use one of {', '.join(ROLES)}",
         )
     message["content"] = _content(message.get("content", ""), where, origin)
-    calls = message.pop("tool_calls", None)
+    calls, legacy = message.pop("tool_calls", None), message.pop("function_call", None)
+    if calls and legacy:
+        raise RowError(
+            origin, f"{where} has both tool_calls and function_call", "Keep the one that is meant"
+        )
+    calls = calls or legacy
     if calls:
         if role != "assistant":
             raise RowError(
@@ -158,7 +167,20 @@ def _message(value: Any, number: int, origin: str) -> Message:
             f"{where} is an assistant message without text or tool_calls",
             "Remove the row, or give the message weight: 0",
         )
+    _check_characters(message, where, origin)
     return message
+
+
+def _check_characters(value: Any, what: str, origin: str) -> None:
+    """Tokenizers take UTF-8, which has no form for what JSON may write as `\\ud83d` alone."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise RowError(
+            origin,
+            f"{what} holds half a surrogate pair, which is no character",
+            "Correct or remove the row",
+        ) from None
 
 
 def _content(value: Any, where: str, origin: str) -> str:
@@ -176,7 +198,11 @@ def _content(value: Any, where: str, origin: str) -> str:
 
 
 def normalise_calls(value: Any, where: str, origin: str) -> list[dict[str, Any]]:
-    """Tool calls as `{"type": "function", "function": {"name": ..., "arguments": {...}}}`."""
+    """Tool calls as `{"type": "function", "function": {"name": ..., "arguments": {...}}}`.
+
+    Raises:
+        RowError: they are not calls, or one holds what would be lost.
+    """
     value = parse_json(value, f"{where}: tool_calls", origin)
     if isinstance(value, dict):
         value = [value]
@@ -193,21 +219,42 @@ def normalise_calls(value: Any, where: str, origin: str) -> list[dict[str, Any]]
                 f"{where}: a tool call has no name: {shorten(item)}",
                 'Give {"function": {"name": ..., "arguments": {...}}}',
             )
-        arguments = function.get("arguments")
-        if arguments is None or arguments == "":
-            arguments = {}
-        arguments = parse_json(arguments, f"{where}: arguments of {function['name']}", origin)
-        if not isinstance(arguments, dict):
-            raise RowError(
-                origin,
-                f"{where}: arguments of {function['name']} are not an object: {shorten(arguments)}",
-                "Give a JSON object, or a string that holds one",
-            )
         call: dict[str, Any] = {"type": "function"}
         if item.get("id") is not None:
             call["id"] = item["id"]
+        arguments = _arguments(item, function, where, origin)
         calls.append(call | {"function": {"name": function["name"], "arguments": arguments}})
     return calls
+
+
+def _arguments(
+    item: dict[str, Any], function: dict[str, Any], where: str, origin: str
+) -> dict[str, Any]:
+    """A call's `arguments`, or its `parameters` where those are absent."""
+    what = f"{where}: the call of {function['name']}"
+    given = {key: value for key, value in function.items() if value is not None}
+    around = {} if function is item else item
+    unread = [key for key in around if key not in _CALL_KEYS and around[key] is not None]
+    unread += [key for key in given if key not in _CALL_KEYS | {"arguments", "parameters"}]
+    if unread:
+        raise RowError(
+            origin,
+            f"{what} has {', '.join(map(repr, unread))}, where nothing is read",
+            "Give its arguments as 'arguments' beside its name, and remove what is no part of it",
+        )
+    if "arguments" in given and "parameters" in given:
+        raise RowError(origin, f"{what} has both arguments and parameters", "Keep its arguments")
+    arguments = given.get("arguments", given.get("parameters", {}))
+    if arguments == "":
+        arguments = {}
+    arguments = parse_json(arguments, f"{where}: arguments of {function['name']}", origin)
+    if not isinstance(arguments, dict):
+        raise RowError(
+            origin,
+            f"{where}: arguments of {function['name']} are not an object: {shorten(arguments)}",
+            "Give a JSON object, or a string that holds one",
+        )
+    return arguments
 
 
 def _is_name(value: Any) -> bool:
@@ -222,7 +269,7 @@ def normalise_tools(value: Any, origin: str) -> list[Tool] | None:
     if not isinstance(value, list):
         raise RowError(origin, f"tools is not a list: {shorten(value)}", "Give a list of tools")
     tools = []
-    for item in value:
+    for number, item in enumerate(value, start=1):
         function = item.get("function", item) if isinstance(item, dict) else None
         if not isinstance(function, dict) or not _is_name(function.get("name")):
             raise RowError(
@@ -230,5 +277,6 @@ def normalise_tools(value: Any, origin: str) -> list[Tool] | None:
                 f"a tool has no name: {shorten(item)}",
                 'Give {"type": "function", "function": {"name": ..., "parameters": {...}}}',
             )
+        _check_characters(function, f"tool {number}", origin)
         tools.append({"type": "function", "function": function})
     return tools

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefillshare_train.data import adapters, formats
+from prefillshare_train.data.columns import unread_columns
 from prefillshare_train.data.config import SourceConfig
 from prefillshare_train.data.errors import DataError, RowError
 from prefillshare_train.data.readers import read_records, require_path
@@ -40,12 +41,14 @@ class LoadedRows:
         format: the format that was used.
         rows_read: rows in the source.
         filtered: rows that the format leaves out (unsolved MBPP problems).
+        unread: columns that hold something and that the format does not read.
     """
 
     rows: list[Row]
     format: str
     rows_read: int
     filtered: int
+    unread: tuple[str, ...] = ()
 
 
 def load_rows(
@@ -68,6 +71,7 @@ def load_rows(
     name: str = source.format
     rows: list[Row] = []
     errors: list[RowError] = []
+    unread: dict[str, None] = {}  # a set that keeps its order
     read = 0
     for record in read_records(source, base_dir):
         read += 1
@@ -77,6 +81,7 @@ def load_rows(
             record = _renamed(record, source.columns)
             if maker is None:
                 name, maker = _maker(source, record, base_dir, seed)
+            unread |= dict.fromkeys(unread_columns(record, name))
             row = maker(record)
         except RowError as error:
             errors.append(error)
@@ -91,7 +96,7 @@ def load_rows(
     if source.sample is not None and source.sample < len(rows):
         chosen = sorted(random.Random(seed).sample(range(len(rows)), source.sample))
         rows = [rows[index] for index in chosen]
-    return LoadedRows(rows, name, read, filtered)
+    return LoadedRows(rows, name, read, filtered, tuple(unread))
 
 
 def _renamed(record: Record, columns: dict[str, str] | None) -> Record:

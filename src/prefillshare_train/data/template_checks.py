@@ -1,4 +1,8 @@
-"""Templates that silently leave out tools or tool calls are found on the first row with them."""
+"""What templates silently leave out.
+
+Tools and tool calls are found on the first row with them, which is refused; reasoning is counted,
+since some templates leave it out on purpose.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Sequence
 
 from prefillshare_train.data.errors import DataError
 from prefillshare_train.data.rendering import Renderer
-from prefillshare_train.data.rows import Message, Row, Tool
+from prefillshare_train.data.rows import REASONING, Message, Row, Tool
 
 _FIX = "Set data.chat_template to one that shows them, such as chatml-tools"
 
@@ -107,6 +111,12 @@ class ToolChecks:
                     f"{row.origin}: the template {self._renderer.name} leaves out the call of "
                     f"{name}; it renders the turn as {response[-200:]!r}. {_FIX}"
                 )
+
+
+def reasoning_left_out(message: Message, response: str) -> bool:
+    """Whether a trained message has reasoning that is not in its response."""
+    texts = [message[key].strip() for key in REASONING if isinstance(message.get(key), str)]
+    return any(text not in response for text in texts)
 
 
 def _missing(tools: Sequence[Tool], prompt: str) -> list[str]:

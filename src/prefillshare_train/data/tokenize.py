@@ -14,12 +14,12 @@ from prefillshare_train.core.spans import Conversation, Turn
 from prefillshare_train.data.errors import DataError, SeamError
 from prefillshare_train.data.rendering import Renderer, RenderError
 from prefillshare_train.data.rows import Message, Row
-from prefillshare_train.data.template_checks import ToolChecks
+from prefillshare_train.data.template_checks import ToolChecks, reasoning_left_out
 
 DropReason = Literal[
     "no_trained_turn", "no_prompt", "template_error", "seam_mismatch", "empty_response", "overlong"
 ]
-Note = Literal["no_end_token", "eos_appended", "end_token_inside_response"]
+Note = Literal["no_end_token", "eos_appended", "end_token_inside_response", "reasoning_left_out"]
 _TAIL = 12
 _BATCH = 256
 
@@ -218,6 +218,8 @@ class RowTokenizer:
             return None
         if not self._ends.isdisjoint(answer):
             notes.append("end_token_inside_response")
+        if reasoning_left_out(text.message, text.full[len(text.prompt) :]):
+            notes.append("reasoning_left_out")
         header = self._renderer.header_length(text.bare, text.prompt, prompt)
         return _TurnIds(text.message, full, Turn(len(prompt), end, header), notes)
 

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from prefillshare_train.core.contract import CONTRACT_NAME, Contract
 from prefillshare_train.core.loading import load_decoder
@@ -125,6 +126,16 @@ def _check_options(contract: Contract, options: ExportOptions) -> None:
         )
     if options.merge and options.format == "alora":
         raise HubError("--merge leaves no adapter to write as an aLoRA: choose one of the two")
+    if options.dtype is not None and not options.merge:
+        raise HubError(
+            f"--dtype {options.dtype} is of merged weights, and all others are written as they "
+            "were trained. Add --merge to a LoRA decoder, or leave --dtype out"
+        )
+    if options.base is not None and not options.merge:
+        raise HubError(
+            f"--base-path {options.base} is for merging, and nothing else reads the base. Add "
+            "--merge, or leave it out; --base gives the base another name"
+        )
 
 
 def _revision(contract: Contract, options: ExportOptions) -> str | None:
@@ -140,6 +151,9 @@ def _copy_tokenizer(checkpoint: Path, folder: Path, contract: Contract) -> None:
     for name in _TOKENIZER_FILES:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
+    for template in sorted((checkpoint / CHAT_TEMPLATE_DIR).glob("*.jinja")):
+        (folder / CHAT_TEMPLATE_DIR).mkdir(exist_ok=True)
+        shutil.copyfile(template, folder / CHAT_TEMPLATE_DIR / template.name)
     if contract.prompt:
         saved_renderer(folder, contract.prompt)
 

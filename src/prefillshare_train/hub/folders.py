@@ -18,14 +18,15 @@ def new_folder(place: Path) -> Iterator[Path]:
     """A folder to fill, renamed to `place` when the block ends without an error.
 
     Raises:
-        HubError: `place` holds something already, or files could not be read or written.
+        HubError: `place` holds something already or cannot be made, or files could not be read or
+            written.
     """
-    _check_free(place)
     target = place.resolve()
     beside = target.with_name(f".unfinished-{target.name}-{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
     try:
+        _check_free(place)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
         yield beside
         readable = beside.stat().st_mode & 0o666  # what the user's umask leaves
         for path in beside.rglob("*"):

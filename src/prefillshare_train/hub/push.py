@@ -11,6 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from prefillshare_train.core.contract import Contract
 from prefillshare_train.hub.card import is_hub_id
@@ -76,8 +77,16 @@ def publish_decoder(
     checkpoint = checkpoint_folder(checkpoint)
     _check_shareable(export.base_id or Contract.load(checkpoint).base_id)
     # Beside the checkpoint: weights may not fit where temporary files go.
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=checkpoint.resolve().parent) as place:
-        out = export_decoder(checkpoint, Path(place) / "decoder", export, name=repo_id)
+    beside = checkpoint.resolve().parent
+    try:
+        place = tempfile.TemporaryDirectory(prefix=".export-", dir=beside)
+    except OSError as error:
+        raise HubError(
+            f"{beside} cannot be written to, where the decoder is put together: {error}. Copy the "
+            "checkpoint to a place that can be"
+        ) from error
+    with place as folder:
+        out = export_decoder(checkpoint, Path(folder) / "decoder", export, name=repo_id)
         return push_decoder(out, repo_id, push)
 
 
@@ -109,7 +118,7 @@ def push_decoder(folder: Path, repo_id: str, options: PushOptions) -> str:
             )
         if options.revision != "main":
             api.create_branch(repo_id, branch=options.revision, exist_ok=True)
-        paths = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
+        paths = _files(folder)
         there = api.list_repo_files(repo_id, revision=options.revision)
         stale = [name for name in there if name not in paths and _is_ours(name)]
         commit = api.create_commit(
@@ -135,8 +144,21 @@ def _check_shareable(base_id: str) -> None:
         raise HubError("HF_HUB_OFFLINE is set: unset it to push, or export to a folder")
 
 
+def _files(folder: Path) -> dict[str, Path]:
+    """All files by their names on the hub, but for those in hidden folders such as `.git`."""
+    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name.as_posix(): path
+        for name, path in found.items()
+        if not any(part.startswith(".") for part in name.parts[:-1])
+    }
+
+
 def _is_ours(name: str) -> bool:
-    return "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in _OURS)
+    place, _, file = name.rpartition("/")
+    if place:
+        return place == CHAT_TEMPLATE_DIR and file.endswith(".jinja")
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _OURS)
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def run_demo(model: Path, out: Path, recipes: Path, *, rows: int, steps: int | N
     console = Console(width=100)
     with console.capture() as captured:
         console.print(score_table(comparison, "Tool calls with tools unseen in training"))
-        console.print(shared, markup=False, highlight=False)
+        console.print(shared, markup=False, emoji=False, highlight=False)
     return f"{captured.get()}loss plot: {plot}"
 
 

@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from prefillshare_train.core.boundary import BoundaryRule
 from prefillshare_train.core.devices import default_dtype_name
-from prefillshare_train.data import DataConfig, SourceConfig
+from prefillshare_train.data import DataConfig, SourceConfig, unlike_hub_id
 from prefillshare_train.training.config import CacheConditionedConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -119,6 +119,12 @@ class Recipe:
         return self.local_copies.get(self.base.model, self.base.model)
 
     @property
+    def base_name(self) -> str:
+        """What a contract calls the base: a folder's name never reads like a hub id."""
+        name = self.base.model
+        return name if name in self.local_copies else unlike_hub_id(name, Path())
+
+    @property
     def local_data(self) -> DataConfig:
         """`data`, with the local copies of its sources in their place."""
 
@@ -163,13 +169,26 @@ class LoadedRecipe:
     values: dict[str, Any]
 
     def to_yaml(self) -> str:
-        """The composed recipe with what `auto` came out as, for the run's folder."""
+        """The composed recipe, for the run's folder.
+
+        With what `auto` came out as, and with sources that lie here told from those of the hub.
+        """
         dtype = self.recipe.base.dtype
         values = self.values | {"base": {**self.values["base"], "dtype": dtype}}
+        values["data"] = {
+            key: self._told_apart(value) if key in ("train", "eval") and value else value
+            for key, value in values["data"].items()
+        }
         if self.recipe.training.get("bf16") == "auto":
             training = {**self.recipe.training, "bf16": self.recipe.bf16}
             values |= {"training": training}
         return yaml.safe_dump(values, sort_keys=False)
+
+    def _told_apart(self, source: dict[str, Any]) -> dict[str, Any]:
+        name = source["source"]
+        if name in self.recipe.local_copies:
+            return source
+        return {**source, "source": unlike_hub_id(name, self.base_dir)}
 
 
 def load_recipe(paths: Sequence[Path | str], overrides: Sequence[str] = ()) -> LoadedRecipe:

@@ -15,12 +15,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, set_seed
 
+from prefillshare_train.core.boundary import BoundaryRule
 from prefillshare_train.core.contract import Contract, cache_config, weights_fingerprint
 from prefillshare_train.core.decoder_set import twin_of
 from prefillshare_train.core.families import check_supported, position_limit
 from prefillshare_train.core.modules import causal_lm_of, load_causal_lm
 from prefillshare_train.core.shared_prefill import SharedPrefill
-from prefillshare_train.data import PreparedData, build_dataset
+from prefillshare_train.data import PreparedData, build_dataset, require_headers
 from prefillshare_train.training.base_weights import whole_weights
 from prefillshare_train.training.checkpoints import (
     StopOnSignal,
@@ -69,12 +70,16 @@ def prepare_data(loaded: LoadedRecipe) -> PreparedData:
             f"batch's length past {limit}: set it to {limit} or less"
         )
     tokenizer = AutoTokenizer.from_pretrained(recipe.base_location, revision=recipe.base.revision)
-    return build_dataset(
+    data = build_dataset(
         recipe.local_data,
         tokenizer,
         base_dir=loaded.base_dir,
         end_token_ids=_generation_ends(recipe),
     )
+    rule = BoundaryRule.parse(recipe.boundary)
+    if recipe.method == "prefillshare" and rule.kind == "generation_prompt":
+        require_headers([*data.train, *data.eval], data.renderer)
+    return data
 
 
 def _generation_ends(recipe: Recipe) -> list[int]:
@@ -139,7 +144,7 @@ def build_models(
 def make_contract(recipe: Recipe, model: nn.Module, data: PreparedData, base: str) -> Contract:
     """The contract of a decoder about to be trained; `base` is the base's fingerprint."""
     return Contract(
-        base_id=recipe.base.model,
+        base_id=recipe.base_name,
         base_revision=recipe.base.revision,
         base_fingerprint=base,
         cache_config=cache_config(causal_lm_of(model).config),
