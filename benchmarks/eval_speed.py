@@ -9,12 +9,14 @@ size, device, stop strings and longest answer. Rounds are interleaved, every oth
 order, and medians reported; loading and a first run of two prompts are not timed. Prompts are BFCL
 multiple (long prompts, short answers) and GSM8K. HFLM's decoders read their own prompts' K/V and
 ours the base's, so that answers differ; the tokens of the answers' texts are printed beside the
-times.
+times. A task's row is written once its rounds are done, in place of its earlier one, so that tasks
+may be run one by one.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import statistics
@@ -99,6 +101,14 @@ def timed(run: Callable[[], int]) -> tuple[float, int]:
     return time.perf_counter() - start, tokens
 
 
+def keep_row(path: Path, row: dict[str, Any]) -> None:
+    """Put a task's row in place of its earlier one, in the order of `TASKS`."""
+    held = json.loads(path.read_text())["rows"] if path.is_file() else []
+    rows = [other for other in held if other["task"] != row["task"]] + [row]
+    rows.sort(key=lambda one: TASKS.index(one["task"]))
+    write_json(path, {"rows": rows})
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -127,7 +137,8 @@ def main() -> None:
     ]
     renderer = contestants.renderer
     ends = [renderer.decode([token]) for token in renderer.end_token_ids]
-    rows: list[dict[str, Any]] = []
+    settings = {key: getattr(options, key) for key in ("dtype", "device", "batch_size", "rounds")}
+    measured: list[dict[str, Any]] = []
     for task in make_tasks(options.task or TASKS, options.data):
         items = task.items()[: options.items]
         prompts = render(items, renderer, contestants.position_count)
@@ -149,29 +160,29 @@ def main() -> None:
                     found[name].append(timed(runs[name]))
                     bar.update()
         seconds = {n: statistics.median(s for s, _ in values) for n, values in found.items()}
-        rows.append(
-            {
-                "task": task.name,
-                "items": len(items),
-                "decoders": len(options.decoder),
-                "seconds": seconds,
-                "output_tokens": {n: values[0][1] for n, values in found.items()},
-                "all_to_hflm": seconds["ours, all"] / seconds["HFLM, all"],
-                "one_to_hflm": seconds["ours, one"] / seconds["HFLM, one"],
-            }
-        )
+        row = {
+            "task": task.name,
+            "items": len(items),
+            "decoders": len(options.decoder),
+            "seconds": seconds,
+            "output_tokens": {n: values[0][1] for n, values in found.items()},
+            "all_to_hflm": seconds["ours, all"] / seconds["HFLM, all"],
+            "one_to_hflm": seconds["ours, one"] / seconds["HFLM, one"],
+            "machine": machine(),
+            **settings,
+        }
+        keep_row(options.out, row)
+        measured.append(row)
     table = Table(title=f"{machine()}; {options.dtype}, batches of {options.batch_size}")
-    for column in ("task", "items", *rows[0]["seconds"], "all / HFLM", "one / HFLM"):
+    for column in ("task", "items", *seconds, "all / HFLM", "one / HFLM"):
         table.add_column(column, justify="right")
-    for row in rows:
+    for row in measured:
         cells = [
             f"{row['seconds'][n]:.1f} s, {row['output_tokens'][n]} tokens" for n in row["seconds"]
         ]
         ratios = (f"{row['all_to_hflm']:.2f}", f"{row['one_to_hflm']:.2f}")
         table.add_row(row["task"], str(row["items"]), *cells, *ratios)
     Console(width=150).print(table)
-    settings = {key: getattr(options, key) for key in ("dtype", "device", "batch_size", "rounds")}
-    write_json(options.out, {"machine": machine(), **settings, "rows": rows})
 
 
 if __name__ == "__main__":

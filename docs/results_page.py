@@ -28,7 +28,7 @@ def page() -> str:
         "<!-- docs/results.md is generated from benchmarks/results by `make docs`: edit "
         "docs/results_page.py. -->",
     ]
-    for make in (held_out, evaluations):
+    for make in (held_out, evaluations, evaluation_speed):
         parts += make()
     return "\n\n".join(parts) + "\n"
 
@@ -98,6 +98,37 @@ def evaluations() -> list[str]:
         parts.append(table["markdown"].strip())
         parts.append(f"![](../benchmarks/results/{table['plot']})")
     return parts
+
+
+def evaluation_speed() -> list[str]:
+    """Beside lm-eval's own HFLM."""
+    path = FILES / "eval_speed.json"
+    if not path.is_file():
+        return []
+    rows = json.loads(path.read_text())["rows"]
+    lines = [
+        "| | items | decoders | HFLM | ours | of HFLM's time | one decoder: HFLM | ours | "
+        "of HFLM's time | |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        seconds, tokens = row["seconds"], row["output_tokens"]
+        cells = {name: f"{seconds[name]:.0f} s, {tokens[name]:,} tokens" for name in seconds}
+        lines.append(
+            f"| {row['task']} | {row['items']} | {row['decoders']} | {cells['HFLM, all']} | "
+            f"{cells['ours, all']} | {row['all_to_hflm']:.2f} | {cells['HFLM, one']} | "
+            f"{cells['ours, one']} | {row['one_to_hflm']:.2f} | {row['machine']}; {row['dtype']}, "
+            f"batches of {row['batch_size']}, {row['rounds']} rounds |"
+        )
+    return [
+        "## Speed of evaluation",
+        "`python benchmarks/eval_speed.py --base B --decoder D …`: LoRA decoders of the "
+        "tool-calling recipe answer the same prompts with lm-eval's HFLM, one decoder after "
+        "another, and with ours off one prefill; medians of rounds in turns. HFLM's decoders read "
+        "their own prompts' K/V and ours the base's, so answers differ: their lengths stand beside "
+        "the times.",
+        "\n".join(lines),
+    ]
 
 
 def machine_of(found: dict[str, Any]) -> str:

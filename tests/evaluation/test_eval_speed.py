@@ -20,6 +20,8 @@ def test_both_sides_answer_the_same_items(tmp_path: Path, shared_data: Path) -> 
         json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 2048})
     )
     out = tmp_path / "speed.json"
+    others = [{"task": "gsm8k"}, {"task": "bfcl_multiple", "kept": True}]
+    out.write_text(json.dumps({"rows": others}))
     command = [
         *(sys.executable, "benchmarks/eval_speed.py", f"--base={folder / 'base'}"),
         *(f"--decoder={folder / name / 'decoder'}" for name in ("decoder", "full_prompt")),
@@ -36,7 +38,8 @@ def test_both_sides_answer_the_same_items(tmp_path: Path, shared_data: Path) -> 
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    [row] = json.loads(out.read_text())["rows"]
+    kept, row = json.loads(out.read_text())["rows"]
+    assert kept == others[1]
     assert (row["task"], row["items"], row["decoders"]) == ("gsm8k", 2, 2)
     seconds, tokens = row["seconds"], row["output_tokens"]
     assert min(seconds.values()) > 0
