@@ -110,6 +110,25 @@ def test_the_table_holds_every_score_and_the_pairs_that_matter(tmp_path: Path) -
     }
 
 
+def test_curves_are_compared_point_by_point(tmp_path: Path) -> None:
+    entries = [(row("Full-FT", "sft--self", boundary=None, prefill="self", sharing_ratio=0), "11")]
+    self_prefilled = {"boundary": None, "prefill": "self", "sharing_ratio": 0.0}
+    entries.append((row("PrefillShare", "ours--self", **self_prefilled), "10"))
+    for ratio in (0.5, 1.0):
+        shares = {"boundary": f"ratio:{ratio:g}", "sharing_ratio": ratio}
+        entries.append((row("naive", f"sft--ratio-{ratio}", **shares), "00"))
+        entries.append((row("PrefillShare", f"ours--ratio-{ratio}", **shares), "10"))
+    pairs = {(a, b) for _, a, b, _ in compare([write_run(tmp_path, entries)]).paired}
+    ours = "PrefillShare at ratio {} (ours)"
+    assert pairs == {
+        ("Full-FT (sft)", "PrefillShare without the base's cache (ours)"),
+        ("Full-FT (sft)", ours.format("0.5")),
+        ("Full-FT (sft)", ours.format("1")),
+        ("naive at ratio 0.5 (sft)", ours.format("0.5")),
+        ("naive at ratio 1 (sft)", ours.format("1")),
+    }
+
+
 def test_only_items_with_the_same_prompt_are_paired(tmp_path: Path) -> None:
     first = write_run(tmp_path / "a", [(row("base", "base--self", boundary=None), "00")])
     second = write_run(tmp_path / "b", [(row("PrefillShare", "ours--last_token"), "11")])

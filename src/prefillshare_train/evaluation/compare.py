@@ -43,11 +43,16 @@ class Result:
         return str(self.row["task"])
 
     @property
+    def is_of_a_curve(self) -> bool:
+        """Whether it was evaluated at a sharing ratio of its own."""
+        return str(self.row["boundary"]).startswith("ratio:")
+
+    @property
     def name(self) -> str:
         """As the table calls it."""
         ratio = self.row["sharing_ratio"]
         label = str(self.row["label"])
-        if self.row["boundary"] and str(self.row["boundary"]).startswith("ratio:"):
+        if self.is_of_a_curve:
             label = f"{label} at ratio {ratio:g}"
         elif label == "PrefillShare" and self.row["prefill"] == "self":
             label = f"{label} without the base's cache"
@@ -221,6 +226,15 @@ def _words(key: str, first: Any, second: Any) -> str:
     return told if len(told) <= _TOLD else key  # templates and hashes of files are long
 
 
+def _of_one_ratio(first: Result, second: Result) -> bool:
+    """Curves are compared point by point; without them, naive and conditioned share alike."""
+    if "naive" not in (first.row["label"], second.row["label"]):
+        return True
+    if not (first.is_of_a_curve or second.is_of_a_curve):
+        return True
+    return bool(first.row["sharing_ratio"] == second.row["sharing_ratio"])
+
+
 def _paired(results: Sequence[Result]) -> list[tuple[str, str, str, Paired]]:
     found = []
     for second in results:
@@ -228,7 +242,7 @@ def _paired(results: Sequence[Result]) -> list[tuple[str, str, str, Paired]]:
             worth = LABELS.index(first.row["label"]) < LABELS.index(second.row["label"])
             if first.task != second.task or not worth or second.row["label"] == "naive":
                 continue
-            if first.settings != second.settings:
+            if first.settings != second.settings or not _of_one_ratio(first, second):
                 continue
             shared = [key for key in first.verdicts if key in second.verdicts]
             if shared:
