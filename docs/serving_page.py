@@ -20,7 +20,7 @@ RESULTS = DOCS.parent / "benchmarks" / "results" / "serve.md"
 MEASURED = """## Measured
 
 Of `make bench-serve`, which takes hours, these parts were run, on SmolLM2-135M in bfloat16 with
-four LoRA decoders:
+four LoRA decoders of random weights (one, in the part that says so; responses have fixed lengths):
 
 ```sh
 make bench-serve QUICK=1
@@ -42,7 +42,8 @@ def _options() -> list[str]:
         shown = "required" if default is inspect.Parameter.empty else f"`{default}`"
         if default is None:
             shown = ""
-        lines.append(f"| `--{name.replace('_', '-')}` | {shown} | {option.help} |")
+        variable = f" Variable: `{option.envvar}`." if option.envvar else ""
+        lines.append(f"| `--{name.replace('_', '-')}` | {shown} | {option.help}{variable} |")
     return lines
 
 

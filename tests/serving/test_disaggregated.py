@@ -51,3 +51,12 @@ def test_too_little_shared_memory_is_told() -> None:
     geometry = KVGeometry(64, 64, 128, torch.float32)
     with pytest.raises(ServingError, match=r"needs \d+ MiB of shared memory"):
         shared_storage(geometry, 1 << 20, 16)
+
+
+def test_another_device_than_the_cpu_is_refused(
+    models: ServedModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors would meet the CPU's in the first step."""
+    monkeypatch.setattr(type(models.base), "device", property(lambda _: torch.device("meta")))
+    with pytest.raises(ServingError, match=r"on CPUs, and the base is on meta.*--device cpu"):
+        engine_of(models, 64, disaggregated=True)

@@ -66,7 +66,7 @@ def serve(
     ] = 500.0,
     prefill_workers: Annotated[int, typer.Option(help="Prefill workers.")] = 1,
     disaggregated: Annotated[
-        bool, typer.Option(help="Run each prefill worker as a process of its own.")
+        bool, typer.Option(help="Run each prefill worker as a process; on CPUs only.")
     ] = False,
     prefill_address: Annotated[
         list[str] | None,

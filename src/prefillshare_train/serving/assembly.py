@@ -22,7 +22,7 @@ def make_storage(models: ServedModels, config: EngineConfig) -> KVStorage:
 
     Raises:
         ServingError: the budget does not hold two blocks a prefill worker, or is more than the
-            memory that is free.
+            memory that is free; processes are to share the memory of another device than the CPU.
     """
     geometry = KVGeometry.of(models.base)
     block_bytes = geometry.token_bytes * config.block_tokens
@@ -33,9 +33,14 @@ def make_storage(models: ServedModels, config: EngineConfig) -> KVStorage:
             f"each of {config.workers} prefill workers; raise it"
         )
     blocks = each * config.workers
-    if config.disaggregated:
-        return shared_storage(geometry, blocks, config.block_tokens)
     device = models.base.device
+    if config.disaggregated:
+        if device.type != "cpu":
+            raise ServingError(
+                f"disaggregated prefill shares memory between processes on CPUs, and the base is "
+                f"on {device}; load it with device cpu (--device cpu), or leave disaggregated out"
+            )
+        return shared_storage(geometry, blocks, config.block_tokens)
     needed, free = blocks * block_bytes, psutil.virtual_memory().available
     if device.type == "cpu" and needed > free:
         raise ServingError(
