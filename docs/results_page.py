@@ -131,9 +131,12 @@ def evaluation_speed() -> list[str]:
         )
     return [
         "## Speed of evaluation",
-        "`python benchmarks/eval_speed.py --base B --decoder D …`: LoRA decoders of the "
-        "tool-calling recipe answer the same prompts with lm-eval's HFLM, one decoder after "
-        "another, and with ours off one prefill; medians of rounds in turns. HFLM's decoders read "
+        "`python benchmarks/eval_speed.py --base B --decoder D … --task T --items N --batch-size N "
+        "--rounds N`: LoRA decoders of the tool-calling recipe answer the same prompts with "
+        "lm-eval's HFLM, one decoder after another, and with ours off one prefill; medians of "
+        "rounds in turns. They are the two of the sharing ratios above and a third that was "
+        "trained with `training.max_steps=8 training.seed=1`; the first, conditioned, is the one "
+        "that answers alone. HFLM's decoders read "
         "their own prompts' K/V and ours the base's, so answers differ: their lengths stand beside "
         "the times, and the times a token beside their ratio. Ours decode one after another: what "
         "is shared is the prefill.",

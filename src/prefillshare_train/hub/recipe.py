@@ -15,8 +15,14 @@ RECIPE_NAME = "recipe.yaml"
 # Where a run wrote to and whom it reported to is nobody else's business, and no part of the result.
 _PRIVATE = ("output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id", "report_to")
 # Keys that hold places, and keys that may.
-_PLACES = ("data.*.tools_file", "data.chat_template", "data.prompt_template", "local_copies.*",
-           "training.deepspeed", "training.fsdp_config")  # fmt: skip
+_PLACES = (
+    "data.*.tools_file",
+    "data.chat_template",
+    "data.prompt_template",
+    "local_copies.*",
+    "training.deepspeed",
+    "training.fsdp_config",
+)
 _NAMES = ("data.train.source", "data.eval.source", "training.*")
 
 
