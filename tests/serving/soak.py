@@ -5,8 +5,11 @@
 Requests go to the engine, and to a server over it whose clients hang up. Checks, while it runs and
 at the end, that every answer that was not cut off is what `core.generate` gives, that no block is
 lost, and that memory does not grow with the requests. Prefill workers are processes, of which one
-is killed half-way; `--threads` makes them threads, as CI has it. Memory is that of the
-whole process, which must have done nothing else.
+is killed half-way; `--threads` makes them threads, as CI has it.
+
+Memory is watched twice. Resident bytes, of all processes, are what an operator sees; within a
+minute they move by many MiB as the C library's arenas do. Live bytes are what is allocated and not
+freed, in this process alone, and do not move with the machine's load.
 """
 
 from __future__ import annotations
@@ -47,8 +50,10 @@ _PATIENCE = 5
 """Times its length that a soak goes on on a slow machine, until enough has happened."""
 _GROWN_BYTES = 512
 """A request may leave so many behind; one that is kept whole has several thousand."""
-_WAVER_BYTES = 8 << 20
+_RESIDENT_WAVER_BYTES = 8 << 20
 """The allocator's own steps, which do not come again with further requests."""
+_LIVE_WAVER_BYTES = 1 << 19
+"""What threads hold back for their next allocations, and tables that double."""
 
 
 @dataclass
@@ -64,7 +69,8 @@ class SoakResult:
         lost_blocks: blocks still held once nothing ran and no session was left: just before the
             worker was killed, its own among them, and at the end.
         alive: prefill workers at the end.
-        memory: (requests so far, resident bytes) at rest, from the end of the warm-up on.
+        resident: (requests so far, resident bytes) at rest, from the end of the warm-up on.
+        live: the same of bytes that are allocated and not freed; see `live_bytes`.
         left_over: most requests that were in memory at rest.
     """
 
@@ -79,7 +85,8 @@ class SoakResult:
     staged: int = 0
     lost_blocks: int = 0
     alive: int = 0
-    memory: list[tuple[int, int]] = field(default_factory=list)
+    resident: list[tuple[int, int]] = field(default_factory=list)
+    live: list[tuple[int, int]] = field(default_factory=list)
     left_over: int = 0
 
     @property
@@ -88,16 +95,48 @@ class SoakResult:
         return self.answered <= 100 or min(self.cut_off, self.hung_up) <= 10
 
     @property
-    def grown_bytes_per_request(self) -> float:
-        """Slope of the line through `memory`."""
-        requests, resident = np.array(self.memory, dtype=float).T
-        return float(np.polyfit(requests, resident, 1)[0])
+    def grows(self) -> bool:
+        """Whether resident memory grows with the requests; a minute is too short to tell."""
+        return _grows(self.resident, _RESIDENT_WAVER_BYTES)
 
     @property
-    def grows(self) -> bool:
-        """Whether memory grows with the requests."""
-        requests = self.memory[-1][0] - self.memory[0][0]
-        return self.grown_bytes_per_request > _GROWN_BYTES + _WAVER_BYTES / requests
+    def leaks(self) -> bool:
+        """Whether live memory grows with the requests."""
+        return _grows(self.live, _LIVE_WAVER_BYTES)
+
+
+def bytes_per_request(memory: list[tuple[int, int]]) -> float:
+    """Slope of the line through (requests, bytes)."""
+    requests, held = np.array(memory, dtype=float).T
+    return float(np.polyfit(requests, held, 1)[0])
+
+
+def _grows(memory: list[tuple[int, int]], waver: int) -> bool:
+    requests = memory[-1][0] - memory[0][0]
+    return bytes_per_request(memory) > _GROWN_BYTES + waver / requests
+
+
+class _MallocInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def live_bytes() -> int:
+    """Bytes allocated and not freed, over all arenas of the C library and its mapped blocks.
+
+    Objects of Python's own allocator are among them where PYTHONMALLOC=malloc.
+    """
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _MallocInfo
+    info = mallinfo()
+    return int(info.uordblks + info.hblkhd)
 
 
 class _Soak:
@@ -206,7 +245,8 @@ class _Soak:
         self.result.left_over = max(self.result.left_over, _once_at_rest(self._in_memory))
         ctypes.CDLL(None).malloc_trim(0)
         resident = sum(process.memory_info().rss for process in processes)
-        self.result.memory.append((self.sent, resident))
+        self.result.resident.append((self.sent, resident))
+        self.result.live.append((self.sent, live_bytes()))
 
     def _in_memory(self) -> int:
         gc.collect()
@@ -310,8 +350,9 @@ def main() -> None:
             looks=max(4, round(options.minutes)),
             progress=True,
         )
-    print(found, f"{found.grown_bytes_per_request:.0f} bytes a request", sep="\n")
-    if found.wrong or found.lost_blocks or found.left_over or found.grows:
+    grown = bytes_per_request(found.live), bytes_per_request(found.resident)
+    print(found, "bytes a request: {:.0f} live, {:.0f} resident".format(*grown), sep="\n")
+    if found.wrong or found.lost_blocks or found.left_over or found.grows or found.leaks:
         raise SystemExit("FAILED: something is wrong, lost, left over or growing; see above")
 
 
