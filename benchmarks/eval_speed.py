@@ -1,7 +1,8 @@
 """Evaluation speed beside lm-eval's own HFLM, on the same items, model and machine.
 
     python benchmarks/eval_speed.py --base .cache/models/smollm2-135m-instruct \\
-        --decoder runs/a/decoder --decoder runs/b/decoder --decoder runs/c/decoder [--items 32]
+        --decoder runs/a/decoder --decoder runs/b/decoder --decoder runs/c/decoder [--items 32] \\
+        [--tokens 64]
 
 Three LoRA decoders answer the same prompts: HFLM with `peft=` one after another, each prefilling
 for itself, and ours off one prefill; and one decoder alone both ways. Greedy, the same dtype, batch
@@ -9,19 +10,22 @@ size, device, stop strings and longest answer. Rounds are interleaved, every oth
 order, and medians reported; loading and a first run of two prompts are not timed. Prompts are BFCL
 multiple (long prompts, short answers) and GSM8K. HFLM's decoders read their own prompts' K/V and
 ours the base's, so that answers differ; the tokens of the answers' texts are printed beside the
-times. A task's row is written once its rounds are done, in place of its earlier one, so that tasks
-may be run one by one.
+times. With `--tokens` every answer on either side has so many tokens, whatever it says: nothing
+ends it, and both sides do the same work. A row is written once its rounds are done, in place of the
+earlier one of its task and `--tokens`, so that they may be run one by one.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,7 @@ from prefillshare_train.evaluation.variants import Variant, variants_of
 from prefillshare_train.workloads.machine import machine
 
 TASKS = ("bfcl_multiple", "gsm8k")
+SETTINGS = ("dtype", "device", "batch_size", "rounds", "tokens")
 
 
 def hflm(base: str, decoder: Path, dtype: str, batch_size: int, device: str) -> HFLM:
@@ -58,9 +63,16 @@ def hflm(base: str, decoder: Path, dtype: str, batch_size: int, device: str) -> 
     )
 
 
-def hflm_run(models: list[HFLM], prompts: list[Prompt], texts: list[str], ends: list[str]) -> int:
-    """Every model answers every prompt; tokens of the answers' texts."""
+def hflm_run(
+    models: list[HFLM],
+    prompts: list[Prompt],
+    texts: list[str],
+    ends: list[str],
+    tokens: int | None = None,
+) -> int:
+    """Every model answers every prompt; tokens of the answers' texts, or `tokens` an answer."""
     count = 0
+    fixed = {} if tokens is None else {"min_new_tokens": tokens}
     for model in models:
         requests = [
             Instance(
@@ -72,6 +84,7 @@ def hflm_run(models: list[HFLM], prompts: list[Prompt], texts: list[str], ends: 
                         "until": [*prompt.item.stop, *ends],
                         "max_gen_toks": prompt.item.max_new_tokens,
                         "do_sample": False,
+                        **fixed,
                     },
                 ),
                 idx=number,
@@ -79,19 +92,34 @@ def hflm_run(models: list[HFLM], prompts: list[Prompt], texts: list[str], ends: 
             for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
         ]
         for output in model.generate_until(requests, disable_tqdm=True):
-            count += len(model.tok_encode(output))
+            count += tokens or len(model.tok_encode(output))
     return count
 
 
 def our_run(
     contestants: Contestants, variants: list[Variant], prompts: list[Prompt], batch_size: int
-) -> int:
-    """Every variant answers every prompt off one prefill; tokens of the answers' texts."""
+) -> list[Answered]:
+    """Every variant answers every prompt off one prefill."""
     wanted = [(prompt, variants) for prompt in prompts]
     found: list[Answered] = []
     answer(contestants, wanted, found.append, batch_size=batch_size, prefill_tokens=32768)
+    return found
+
+
+def text_tokens(contestants: Contestants, found: list[Answered]) -> int:
+    """Tokens of the answers' texts, as HFLM's are counted."""
     outputs = [answered.output for answered in found]
     return sum(len(ids) for ids in contestants.renderer.encode(outputs))
+
+
+def unending(prompts: list[Prompt], tokens: int) -> list[Prompt]:
+    """The same prompts, to be answered in so many tokens, whatever comes."""
+    return [
+        dataclasses.replace(
+            prompt, item=dataclasses.replace(prompt.item, stop=(), max_new_tokens=tokens)
+        )
+        for prompt in prompts
+    ]
 
 
 def timed(run: Callable[[], int]) -> tuple[float, int]:
@@ -102,11 +130,15 @@ def timed(run: Callable[[], int]) -> tuple[float, int]:
 
 
 def keep_row(path: Path, row: dict[str, Any]) -> None:
-    """Put a task's row in place of its earlier one, in the order of `TASKS`."""
+    """Put a row in place of the earlier one of its task and length, in the order of `TASKS`."""
     held = json.loads(path.read_text())["rows"] if path.is_file() else []
-    rows = [other for other in held if other["task"] != row["task"]] + [row]
-    rows.sort(key=lambda one: TASKS.index(one["task"]))
+    rows = [other for other in held if _kind(other) != _kind(row)] + [row]
+    rows.sort(key=_kind)
     write_json(path, {"rows": rows})
+
+
+def _kind(row: dict[str, Any]) -> tuple[int, int]:
+    return TASKS.index(row["task"]), row["tokens"] or 0
 
 
 def main() -> None:
@@ -117,6 +149,7 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--decoder", action="append", type=Path, required=True)
     parser.add_argument("--items", type=int, default=32)
+    parser.add_argument("--tokens", type=int, help="of every answer; none ends before or after")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--dtype", default=default_dtype_name())
@@ -136,22 +169,34 @@ def main() -> None:
         for folder in options.decoder
     ]
     renderer = contestants.renderer
+    if options.tokens is not None:
+        contestants.renderer = dataclasses.replace(renderer, end_token_ids=())
     ends = [renderer.decode([token]) for token in renderer.end_token_ids]
-    settings = {key: getattr(options, key) for key in ("dtype", "device", "batch_size", "rounds")}
+    settings = {key: getattr(options, key) for key in SETTINGS}
     measured: list[dict[str, Any]] = []
     for task in make_tasks(options.task or TASKS, options.data):
         items = task.items()[: options.items]
         prompts = render(items, renderer, contestants.position_count)
+        if options.tokens is not None:
+            prompts = unending(prompts, options.tokens)
         texts = [renderer.decode(prompt.ids) for prompt in prompts]
+
+        def theirs(count: int, p=prompts, t=texts) -> int:
+            return hflm_run(models[:count], p, t, ends, options.tokens)
+
+        def ours(count: int, p=prompts) -> int:
+            found = our_run(contestants, variants[:count], p, options.batch_size)
+            if options.tokens is None:
+                return text_tokens(contestants, found)
+            return sum(answered.tokens for answered in found)
+
         runs: dict[str, Callable[[], int]] = {
-            "HFLM, all": lambda p=prompts, t=texts: hflm_run(models, p, t, ends),
-            "ours, all": lambda p=prompts: our_run(contestants, variants, p, options.batch_size),
-            "HFLM, one": lambda p=prompts, t=texts: hflm_run(models[:1], p, t, ends),
-            "ours, one": lambda p=prompts: our_run(
-                contestants, variants[:1], p, options.batch_size
-            ),
+            "HFLM, all": partial(theirs, len(models)),
+            "ours, all": partial(ours, len(models)),
+            "HFLM, one": partial(theirs, 1),
+            "ours, one": partial(ours, 1),
         }
-        hflm_run(models, prompts[:2], texts[:2], ends)
+        hflm_run(models, prompts[:2], texts[:2], ends, options.tokens)
         our_run(contestants, variants, prompts[:2], options.batch_size)
         found: dict[str, list[tuple[float, int]]] = {name: [] for name in runs}
         with tqdm(total=options.rounds * len(runs), desc=task.name, unit="run") as bar:

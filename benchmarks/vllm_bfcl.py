@@ -99,7 +99,7 @@ def parting(contestants: Contestants, variant: Variant, prompt: Prompt, *others:
     cache = contestants.prefill.prefill([prompt.ids[:cut]])
     seen = _TopTwo()
     renderer = contestants.renderer
-    with contestants.running(variant.decoder) as decoder:
+    with contestants.running([variant.decoder]) as (decoder, running):
         [ids] = generate(
             decoder,
             cache,
@@ -107,6 +107,7 @@ def parting(contestants: Contestants, variant: Variant, prompt: Prompt, *others:
             max_new_tokens=prompt.item.max_new_tokens,
             stop_ids=renderer.end_token_ids,
             processors=LogitsProcessorList([seen]),
+            running=running,
         )
 
     def text(tokens: Sequence[int]) -> str:

@@ -111,9 +111,9 @@ def evaluation_speed() -> list[str]:
         return []
     rows = json.loads(path.read_text())["rows"]
     lines = [
-        "| | items | decoders | HFLM | ours | of HFLM's time | a token | one decoder: HFLM | "
-        "ours | of HFLM's time | a token | |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+        "| | items | tokens an answer | decoders | HFLM | ours | of HFLM's time | a token | "
+        "one decoder: HFLM | ours | of HFLM's time | a token | |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
         seconds, tokens = row["seconds"], row["output_tokens"]
@@ -123,7 +123,8 @@ def evaluation_speed() -> list[str]:
             for ratio, which in (("all_to_hflm", "all"), ("one_to_hflm", "one"))
         )
         lines.append(
-            f"| {row['task']} | {row['items']} | {row['decoders']} | {cells['HFLM, all']} | "
+            f"| {row['task']} | {row['items']} | {row['tokens'] or 'as they end'} | "
+            f"{row['decoders']} | {cells['HFLM, all']} | "
             f"{cells['ours, all']} | {row['all_to_hflm']:.2f} | {many:.2f} | "
             f"{cells['HFLM, one']} | {cells['ours, one']} | {row['one_to_hflm']:.2f} | {one:.2f} | "
             f"{row['machine']}; {row['dtype']}, "
@@ -131,15 +132,15 @@ def evaluation_speed() -> list[str]:
         )
     return [
         "## Speed of evaluation",
-        "`python benchmarks/eval_speed.py --base B --decoder D … --task T --items N --batch-size N "
-        "--rounds N`: LoRA decoders of the tool-calling recipe answer the same prompts with "
-        "lm-eval's HFLM, one decoder after another, and with ours off one prefill; medians of "
-        "rounds in turns. They are the two of the sharing ratios above and a third that was "
-        "trained with `training.max_steps=8 training.seed=1`; the first, conditioned, is the one "
-        "that answers alone. HFLM's decoders read "
-        "their own prompts' K/V and ours the base's, so answers differ: their lengths stand beside "
-        "the times, and the times a token beside their ratio. Ours decode one after another: what "
-        "is shared is the prefill.",
+        "`python benchmarks/eval_speed.py --base B --decoder D … --task T --items N --rounds N "
+        "[--tokens N]`: LoRA decoders answer the same prompts with lm-eval's HFLM, one decoder "
+        "after another, and with ours, together off one prefill; medians of rounds in turns. They "
+        "were trained by `prefillshare train recipes/smollm2-135m/tool_calling.yaml` with "
+        "`training.max_steps=16 training.seed=0`, `training.max_steps=8 training.seed=1` and "
+        "`training.max_steps=8 training.seed=2`; the first is the one that answers alone. HFLM's "
+        "decoders read their own prompts' K/V and ours the base's, so answers differ: their "
+        "lengths stand beside the times, and the times a token beside their ratio. With "
+        "`--tokens` nothing ends an answer before so many, on either side.",
         "\n".join(lines),
     ]
 

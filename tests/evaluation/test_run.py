@@ -17,7 +17,7 @@ from tests.training import tiny
 
 from prefillshare_train.core.contract import ContractError
 from prefillshare_train.core.generate import generate
-from prefillshare_train.core.modules import PrefillModule
+from prefillshare_train.core.loading import load_decoder
 from prefillshare_train.evaluation import answering
 from prefillshare_train.evaluation.contestants import Contestants, DecoderSpec
 from prefillshare_train.evaluation.records import RunFolder
@@ -104,23 +104,24 @@ def test_every_variant_answers_as_it_would_alone(folder: Path, tmp_path: Path) -
     stopped_early = 0
     for variant in variants:
         # One decoder alone, one prompt at a time, with nothing shared.
-        alone = contestants(folder, variant.decoder.name)
-        (decoder,) = alone.decoders
+        name = variant.decoder.name
+        alone = contestants(folder, name)
+        if name == "base":
+            prefill, model = alone.prefill, alone.prefill.model
+        else:
+            own = load_decoder(folder / name / "decoder")
+            prefill, model = own.prefill, own.decoder
         for item in Vowels(stop=stop).items():
             text = alone.renderer.text(item.messages, add_generation_prompt=True)
             ids = alone.renderer.encode([text + item.response_prefix])[0]
             cut = variant.base_length(len(ids), 0)
-            with alone.running(decoder) as model:
-                prefill = alone.prefill if variant.prefill == "base" else PrefillModule(model)
-                cache = prefill.prefill([ids[:cut]])
-            with alone.running(decoder) as model:
-                (answer,) = generate(
-                    model,
-                    cache,
-                    [ids],
-                    max_new_tokens=item.max_new_tokens,
-                    stop_ids=alone.renderer.end_token_ids,
-                )
+            (answer,) = generate(
+                model,
+                prefill.prefill([ids[:cut]]),
+                [ids],
+                max_new_tokens=item.max_new_tokens,
+                stop_ids=alone.renderer.end_token_ids,
+            )
             texts = [
                 alone.renderer.decode(answer[: n + 1], skip_special_tokens=True)
                 for n in range(len(answer))
@@ -134,6 +135,29 @@ def test_every_variant_answers_as_it_would_alone(folder: Path, tmp_path: Path) -
             assert record["base_tokens"] == cut
             assert record["prompt_tokens"] == len(ids)
     assert stopped_early, "no answer reached its stop string, so that going on would not show"
+
+
+def test_adapters_of_one_base_answer_in_one_batch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each decoder one variant, the base's among them; whole models and whole prompts apart."""
+    plain, batches = answering.generate, []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        batches.append((len(args[2]), options["batch_size"]))
+        return plain(*args, **options)
+
+    monkeypatch.setattr(answering, "generate", watched)
+    names = ("base", "ours", "aligned", "sft", "full")
+    loaded = contestants(folder, *names)
+    limits = Limits(batch_size=3, prefill_tokens=10_000)
+    variants = variants_of(loaded.decoders, "base", [])
+    evaluate(loaded, variants, [Vowels()], tmp_path / "base", limits)
+    assert batches == [(7 * 4, 3 * 4), (7, 3)]
+    batches.clear()
+    variants = variants_of(loaded.decoders[1:3], None, [0, 0.5, 1])
+    evaluate(loaded, variants, [Vowels()], tmp_path / "ratios", limits)
+    assert batches == [(7, 3), (7 * 2, 3 * 2), (7 * 2, 3 * 2), (7, 3)]
 
 
 def test_the_summary_counts_what_the_items_say(folder: Path, tmp_path: Path) -> None:

@@ -65,7 +65,9 @@ def evaluate(
     device: Annotated[
         str | None, typer.Option(help="Such as cuda:1 or cpu; the first GPU where there is one.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers that decode at once.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Answers of each decoder that decode at once.")
+    ] = 16,
     prefill_tokens: Annotated[
         int, typer.Option(min=1, help="Prompt tokens whose K/V are held at once.")
     ] = 32768,

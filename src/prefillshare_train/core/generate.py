@@ -6,8 +6,10 @@ decoders can answer one prompt off one prefill, in any order.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,6 +151,7 @@ def generate(
     should_stop: Callable[[int, Sequence[int]], bool] | None = None,
     on_response: Callable[[int, list[int]], None] | None = None,
     batch_size: int | None = None,
+    running: Callable[[list[list[int]]], AbstractContextManager[Any]] | None = None,
 ) -> list[list[int]]:
     """Answer prompts off a shared prompt cache.
 
@@ -168,6 +171,8 @@ def generate(
         on_response: called with (row, response) as each row ends.
         batch_size: rows that decode at once; others wait, and take the place of rows that have
             ended. All of them where None.
+        running: entered around every forward pass, with the row that each of its (B, T) tokens
+            belongs to: for a `decoder` that runs several decoders' rows in one batch.
 
     Returns:
         The response token ids of each prompt.
@@ -206,6 +211,7 @@ def generate(
             should_stop=should_stop,
             on_response=on_response,
             batch_size=batch_size or len(prompts),
+            running=running or (lambda rows: contextlib.nullcontext()),
         ).run()
 
 
@@ -224,6 +230,7 @@ class _Loop:
     should_stop: Callable[[int, Sequence[int]], bool] | None
     on_response: Callable[[int, list[int]], None] | None
     batch_size: int
+    running: Callable[[list[list[int]]], AbstractContextManager[Any]]
 
     def run(self) -> list[list[int]]:
         longest = max(len(ids) for ids in self.prompts)
@@ -244,7 +251,7 @@ class _Loop:
                 return self.responses
             parts = []
             if active:
-                parts.append(self._step(state, [self.responses[row][-1] for row in active]))
+                parts.append(self._step(state, active))
             free = self.batch_size - len(active)
             # Admission is a forward pass of its own, so a few places are filled at once.
             if waiting and free >= max(1, self.batch_size // 4):
@@ -282,17 +289,21 @@ class _Loop:
         own = PromptCache(tuple(len(tail) for tail in tails))
         job = AttentionJob(group_segments(segments), past=cache, record=own)
         device = self.model.device
-        row = torch.tensor([[i for tail in tails for i in tail]], device=device)
+        ids = torch.tensor([[i for tail in tails for i in tail]], device=device)
         positions = torch.tensor([positions_of(segments)], device=device)
-        hidden = run_backbone(self.model, row, positions, job)[0]
+        owners = [[row for row, tail in zip(rows, tails, strict=True) for _ in tail]]
+        with self.running(owners):
+            hidden = run_backbone(self.model, ids, positions, job)[0]
         ends = torch.tensor(own.lengths, device=device).cumsum(0) - 1
         state.add(cache, own, self.max_new_tokens)
         return hidden[ends]
 
-    def _step(self, state: _DecodeState, tokens: list[int]) -> Tensor:
-        """Run one token a row; hidden states (B, D)."""
+    def _step(self, state: _DecodeState, active: list[int]) -> Tensor:
+        """Run the last token of each active row; hidden states (B, D)."""
+        tokens = [self.responses[row][-1] for row in active]
         ids = torch.tensor(tokens, device=state.lengths.device)[:, None]
-        hidden = run_backbone(self.model, ids, state.lengths[:, None], state)
+        with self.running([[row] for row in active]):
+            hidden = run_backbone(self.model, ids, state.lengths[:, None], state)
         state.advance()
         return hidden[:, 0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from prefillshare_train.core.generate import generate
@@ -27,8 +27,8 @@ class Answered:
         output: text up to the first stop string, special tokens left out.
         tokens: response tokens generated, the stop token included.
         base_tokens: prompt tokens that the base ran for this variant.
-        seconds: wall time of this variant's generation since the answer before; only their sum says
-            something, as several are made at once.
+        seconds: wall time of generation since the answer before; only their sum over all variants
+            says something, as several answers are made at once.
         prefill_seconds: its share of the group's prefill, which all variants of a prompt share.
         prefill_id: of that prefill; answers of two sittings do not share one.
     """
@@ -53,10 +53,12 @@ def answer(
 ) -> None:
     """Greedy answers, a group of prompts of similar length at a time.
 
+    Decoders that are adapters of one model answer in one batch, as they are served.
+
     Args:
         wanted: prompts, each with the variants that still have to answer it.
         keep: given each answer as it ends, so that a run that is killed has it.
-        batch_size: answers that decode at once.
+        batch_size: answers of each decoder that decode at once.
         prefill_tokens: prompt tokens of a group, so that its K/V fit into memory.
     """
     ordered = sorted(wanted, key=lambda pair: len(pair[0].ids))
@@ -97,25 +99,50 @@ def _answer_group(
     )
     prefill_seconds = (time.perf_counter() - start) / len(group)
     prefill_id = uuid.uuid4().hex
-    for variant in dict.fromkeys(v for _, found in group for v in found):
-        rows = [i for i, (_, found) in enumerate(group) if variant in found]
-        lengths = [cuts[i][variant] for i in rows]
-        chosen = [prompts[i] for i in rows]
+    for together in _batches(contestants, dict.fromkeys(v for _, found in group for v in found)):
+        rows = [(i, v) for i, (_, found) in enumerate(group) for v in together if v in found]
+        lengths = [cuts[i][variant] for i, variant in rows]
+        chosen = [prompts[i] for i, _ in rows]
+        variants = [variant for _, variant in rows]
         about_prefill = prefill_seconds, prefill_id
         start = time.perf_counter()
-        with contestants.running(variant.decoder) as decoder:
+        with contestants.running([variant.decoder for variant in variants]) as (decoder, running):
             generate(
                 decoder,
-                _cache_for(contestants.prefill, cache, rows, lengths),
+                _cache_for(contestants.prefill, cache, [i for i, _ in rows], lengths),
                 [p.ids for p in chosen],
                 max_new_tokens=max(p.item.max_new_tokens for p in chosen),
                 stop_ids=contestants.renderer.end_token_ids,
                 should_stop=Stopper(contestants.renderer, chosen),
                 on_response=_Keeper(
-                    contestants.renderer, variant, chosen, lengths, about_prefill, start, keep
+                    contestants.renderer, variants, chosen, lengths, about_prefill, start, keep
                 ),
-                batch_size=batch_size,
+                batch_size=batch_size * len(together),
+                running=running,
             )
+
+
+def _batches(contestants: Contestants, variants: Iterable[Variant]) -> list[list[Variant]]:
+    """Variants whose answers decode in one batch: of each decoder one, so that memory is bounded.
+
+    One that runs its whole prompts itself decodes alone: a batch of whole prompts is large enough.
+    """
+    batches: list[list[Variant]] = []
+    for variant in variants:
+        lane = contestants.lane_of(variant.decoder)
+        for batch in batches:
+            shared = variant.rule is not None and batch[0].rule is not None
+            decoders = [other.decoder for other in batch]
+            if (
+                shared
+                and variant.decoder not in decoders
+                and contestants.lane_of(decoders[0]) == lane
+            ):
+                batch.append(variant)
+                break
+        else:
+            batches.append([variant])
+    return batches
 
 
 class _Keeper:
@@ -124,7 +151,7 @@ class _Keeper:
     def __init__(
         self,
         renderer: Renderer,
-        variant: Variant,
+        variants: Sequence[Variant],
         prompts: Sequence[Prompt],
         base_tokens: Sequence[int],
         about_prefill: tuple[float, str],
@@ -132,7 +159,7 @@ class _Keeper:
         keep: Callable[[Answered], None],
     ) -> None:
         self._renderer = renderer
-        self._variant = variant
+        self._variants = variants
         self._prompts = prompts
         self._base_tokens = base_tokens
         self._about_prefill = about_prefill
@@ -143,7 +170,7 @@ class _Keeper:
         prompt = self._prompts[row]
         text = self._renderer.decode(ids, skip_special_tokens=True)
         answered = Answered(
-            self._variant,
+            self._variants[row],
             prompt,
             cut_at(text, prompt.item.stop),
             len(ids),

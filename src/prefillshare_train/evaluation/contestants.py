@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from prefillshare_train.core.boundary import BoundaryRule
 from prefillshare_train.core.contract import Contract, ContractError
@@ -20,8 +20,12 @@ from prefillshare_train.core.decoder_set import DecoderSet
 from prefillshare_train.core.modules import PrefillModule
 from prefillshare_train.data import Renderer, base_renderer, saved_renderer
 from prefillshare_train.evaluation.task import EvaluationError
+from prefillshare_train.serving.adapters import BASE_ADAPTER, StackedAdapters, stack_adapters
 
 BASE = "base"
+
+RowSwitch = Callable[[list[list[int]]], contextlib.AbstractContextManager[None]]
+"""Entered around a forward pass, with the row that each of its tokens belongs to."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,9 @@ class Contestants:
         self.dtype = self._loaded.dtype
         self.base_fingerprint = self._loaded.base_fingerprint
         self.prefill = PrefillModule(self._loaded.base)
+        lora, adapters = self._loaded.lora, tuple(self._loaded.adapters.values())
+        self._stackable = bool(lora and stack_adapters(self._loaded.base, lora, adapters))
+        self._stacks: dict[frozenset[str], tuple[PreTrainedModel, StackedAdapters]] = {}
         self.decoders: list[Decoder] = []
         contracts = self._loaded.contracts
         first = next(iter(contracts.values()), None)
@@ -158,18 +165,44 @@ class Contestants:
                 )
             )
 
+    def lane_of(self, decoder: Decoder) -> str:
+        """Decoders of one lane can answer in one batch."""
+        in_stack = decoder.method == BASE or decoder.name in self._loaded.adapters
+        return "stacked adapters" if self._stackable and in_stack else decoder.name
+
     @contextlib.contextmanager
-    def running(self, decoder: Decoder) -> Iterator[nn.Module]:
-        """The decode module of a decoder, its adapter chosen."""
-        loaded = self._loaded
-        if decoder.method == BASE:
-            yield loaded.base
-        elif decoder.name in loaded.full:
-            yield loaded.full[decoder.name]
+    def running(self, owners: Sequence[Decoder]) -> Iterator[tuple[nn.Module, RowSwitch | None]]:
+        """A model that runs row i as `owners[i]`, decoders of one lane.
+
+        Returns:
+            The model, and what `core.generate` takes as `running`.
+        """
+        loaded, first = self._loaded, owners[0]
+        if all(decoder.method == BASE for decoder in owners):
+            yield loaded.base, None
+        elif first.name in loaded.full:
+            yield loaded.full[first.name], None
+        elif self._stackable:
+            names = [loaded.adapters.get(decoder.name, BASE_ADAPTER) for decoder in owners]
+            model, adapters = self._stack(frozenset(names) - {BASE_ADAPTER})
+
+            def switch(rows: list[list[int]]) -> contextlib.AbstractContextManager[None]:
+                return adapters.running_tokens([[names[row] for row in part] for part in rows])
+
+            yield model, switch
         else:
             assert loaded.lora is not None
-            loaded.lora.set_adapter(loaded.adapters[decoder.name])
-            yield loaded.lora
+            loaded.lora.set_adapter(loaded.adapters[first.name])
+            yield loaded.lora, None
+
+    def _stack(self, names: frozenset[str]) -> tuple[PreTrainedModel, StackedAdapters]:
+        """Only the adapters of a batch: every other would cost all of its rows."""
+        if names not in self._stacks:
+            assert self._loaded.lora is not None
+            stack = stack_adapters(self._loaded.base, self._loaded.lora, sorted(names))
+            assert stack is not None
+            self._stacks[names] = stack
+        return self._stacks[names]
 
     @property
     def position_count(self) -> int | None:

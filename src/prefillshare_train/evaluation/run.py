@@ -39,7 +39,7 @@ class Limits:
 
     Attributes:
         items: the first so many items of each task; None for all.
-        batch_size: answers that decode at once.
+        batch_size: answers of each decoder that decode at once.
         prefill_tokens: prompt tokens whose K/V are held at once.
     """
 

@@ -83,30 +83,40 @@ class StackedAdapters:
     def __init__(self, names: Sequence[str]) -> None:
         self._index = {name: number for number, name in enumerate(names)}
         self._index[BASE_ADAPTER] = len(names)
-        self._rows: Tensor | None = None
+        self._tokens: Tensor | None = None
         self._masks: dict[tuple[int, ...], Tensor] = {}
 
     @contextlib.contextmanager
     def running(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Each row's adapter, until the block ends."""
-        self._rows = torch.tensor([self._index[name] for name in names])
+        """Each row's adapter, until the block ends; the first one's for all where there is one."""
+        with self.running_tokens([[name] for name in names]):
+            yield {}
+
+    @contextlib.contextmanager
+    def running_tokens(self, names: Sequence[Sequence[str]]) -> Iterator[None]:
+        """Each token's adapter, until the block ends.
+
+        Args:
+            names: one a token of the (rows, tokens) that run; a dimension of one holds for all.
+        """
+        self._tokens = torch.tensor([[self._index[name] for name in row] for row in names])
         self._masks = {}
         try:
-            yield {}
+            yield
         finally:
-            self._rows = None
+            self._tokens = None
 
     def mask(self, owners: tuple[int, ...], like: Tensor) -> Tensor:
-        """(rows, 1, ranks): 1 where a rank belongs to the row's adapter.
+        """(rows, tokens, ranks): 1 where a rank belongs to the token's adapter.
 
         Args:
             owners: the adapter that each stacked rank belongs to.
         """
-        if self._rows is None:
+        if self._tokens is None:
             raise RuntimeError("a model with stacked adapters ran without its rows being named")
         if owners not in self._masks:
-            same = self._rows[:, None] == torch.tensor(owners)[None]
-            self._masks[owners] = same[:, None].to(like)
+            same = self._tokens[:, :, None] == torch.tensor(owners)
+            self._masks[owners] = same.to(like)
         return self._masks[owners]
 
 
