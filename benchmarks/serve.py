@@ -13,8 +13,10 @@
 Every load point is a fresh engine on one copy of the models, and lies in `--runs` once it is
 finished: a run that was killed goes on from there. Rows go to `benchmarks/results/serve.json`,
 where they replace those of the same experiment, workload and regime, so that parts may be run one
-by one (`compare --workloads react --regimes memory`); tables and plots lie beside it. Decoders are
-LoRA adapters with random weights unless `--decoder name=folder` gives trained ones.
+by one (`compare --workloads react --regimes memory`); tables and plots lie beside it. With
+`--context-tokens`, each session's context begins with a document of its own of so many tokens, and
+the rows stand beside those without. Decoders are LoRA adapters with random weights unless
+`--decoder name=folder` gives trained ones.
 """
 
 from __future__ import annotations
@@ -61,10 +63,11 @@ TITLES = {
 
 
 def keep_rows(path: Path, rows: list[Row]) -> list[Row]:
-    """Put rows in place of those of the same experiments, workloads and regimes."""
+    """Put rows in place of those of the same experiments, workloads, regimes and documents."""
 
-    def part(row: Row) -> tuple[str, str, str]:
-        return row["experiment"], row["workload"], row["regime"]
+    def part(row: Row) -> tuple[str, ...]:
+        document = row["variant"] if row["experiment"] in ("compare", "sweep") else ""
+        return row["experiment"], row["workload"], row["regime"], document
 
     held = json.loads(path.read_text()) if path.is_file() else []
     new = {part(row) for row in rows}
@@ -108,6 +111,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default=default_dtype_name(), choices=("float32", "bfloat16"))
     parser.add_argument("--traces", type=Path, default=Path("../shared/data/react_traces"))
     parser.add_argument("--system-tokens", type=int, default=512)
+    parser.add_argument(
+        "--context-tokens", type=int, default=0, help="a session's own document (compare alone)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/serve"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))

@@ -40,8 +40,12 @@ def compare(lab: Lab, options: argparse.Namespace) -> list[Row]:
 
     For each workload and regime: a sweep of caps with all sessions there at once finds each mode's
     best cap and the shared side's capacity; then both run at these caps, all at once and with
-    Poisson arrivals at shares of that capacity.
+    Poisson arrivals at shares of that capacity. With `--context-tokens` every session begins with a
+    document of its own.
     """
+    document = options.context_tokens
+    if document:
+        lab = replace(lab, plan=replace(lab.plan, context_tokens=document))
     rows: list[Row] = []
     for regime in options.regimes:
         for workload in options.workloads:
@@ -57,6 +61,7 @@ def compare(lab: Lab, options: argparse.Namespace) -> list[Row]:
                 sessions=sessions_of(workload, options),
                 warm_up=options.warm_up,
                 kv_bytes=kv,
+                variant=f"document {document}" if document else "",
             )
             sweep = run(
                 lab,

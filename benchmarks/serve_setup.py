@@ -164,6 +164,7 @@ class Lab:
             "identity": self.identity,
             "lengths": self.plan.lengths.source,
             "system_tokens": self.plan.system_tokens,
+            "context_tokens": self.plan.context_tokens,
             "seed": self.plan.seed,
             **(variant or {}),
         }

@@ -17,22 +17,34 @@ from prefillshare_train.workloads.report import KEYS
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def test_quick_run_and_ttft_leave_rows_and_tables(tmp_path: Path) -> None:
+def save_base(folder: Path) -> Path:
     tokenizer = tiny_tokenizer()
     config = tiny.config()
     config.vocab_size = len(tokenizer)
     config.max_position_embeddings = 8192  # sessions of real lengths
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    out = tmp_path / "out"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def measured(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [
-        *(sys.executable, "benchmarks/serve.py", "quick", "ttft", f"--model={tmp_path / 'base'}"),
-        *(f"--runs={tmp_path / 'runs'}", f"--out={out}", "--traces=none", "--dtype=float32"),
-        *("--system-tokens=32", "--quick-sessions=2", "--ttft-prompts=64", "--ttft-contexts=1"),
+        *(sys.executable, "benchmarks/serve.py", f"--model={save_base(folder / 'base')}"),
+        *(f"--runs={folder / 'runs'}", f"--out={folder / 'out'}"),
+        *("--traces=none", "--dtype=float32", "--system-tokens=32", *arguments),
     ]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_quick_run_and_ttft_leave_rows_and_tables(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = measured(
+        tmp_path,
+        *("quick", "ttft", "--quick-sessions=2", "--ttft-prompts=64", "--ttft-contexts=1"),
+    )
     rows = json.loads((out / "serve.json").read_text())
     assert [(row["mode"], row["decoders"], row["errors"]) for row in rows] == [
         ("shared", 4, 0),
@@ -49,3 +61,25 @@ def test_quick_run_and_ttft_leave_rows_and_tables(tmp_path: Path) -> None:
     assert "## Quick run" in text
     assert "## TTFT on an unchanged context" in text
     assert text in done.stdout
+
+
+def test_sessions_with_documents_stand_beside_those_without(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "serve.json"
+    other = {"experiment": "compare", "workload": "react", "regime": "memory", "mode": "shared"}
+    small = ("compare", "--workloads=react", "--regimes=memory", "--memory-sessions=1")
+    small += ("--caps=1", "--sessions=1", "--warm-up=0", "--repeats=1", "--loads=0.9")
+    measured(tmp_path, *small)
+    without = json.loads(path.read_text())
+    measured(tmp_path, *small, "--context-tokens=4000")
+    rows = json.loads(path.read_text())
+    assert rows[: len(without)] == without
+    assert {row["variant"] for row in without} == {""}
+    added = rows[len(without) :]
+    assert {row["variant"] for row in added} == {"document 4000"}
+    assert any(other.items() <= row.items() for row in added)
+    for row, plain in zip(added, without, strict=True):
+        longer = row["prefilled_tokens"] - plain["prefilled_tokens"]
+        copies = 1 if row["mode"] == "shared" else 2
+        # The draw of a document moves those of the rest, which is 2,000 tokens at most here.
+        assert longer > copies * 2000, row["mode"]
+        assert row["kv_bytes"] > plain["kv_bytes"]
