@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument(
         "--no-base", action="store_true", help="leave out the base, which seldom ends an answer"
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="answers that decode at once")
+    parser.add_argument("--batch-size", type=int, default=16, help="of each decoder")
     parser.add_argument("--limit", type=int, help="first items of each benchmark")
     options = parser.parse_args()
     place, results = PLACE, RESULTS

@@ -128,7 +128,7 @@ def evaluation_speed() -> list[str]:
             f"{cells['ours, all']} | {row['all_to_hflm']:.2f} | {many:.2f} | "
             f"{cells['HFLM, one']} | {cells['ours, one']} | {row['one_to_hflm']:.2f} | {one:.2f} | "
             f"{row['machine']}; {row['dtype']}, "
-            f"batches of {row['batch_size']}, {row['rounds']} rounds |"
+            f"batches of {row['batch_size']} a decoder, {row['rounds']} rounds |"
         )
     return [
         "## Speed of evaluation",

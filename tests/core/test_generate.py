@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from transformers import (
     TopKLogitsWarper,
 )
 
+import prefillshare_train.core.generate as core_generate
 from prefillshare_train.core.boundary import BoundaryRule
 from prefillshare_train.core.generate import generate
 from prefillshare_train.core.modules import PrefillModule
@@ -370,6 +373,45 @@ def test_waiting_rows_take_the_places_of_ended_ones_and_answer_the_same(
     )
     assert found == expected
     assert most <= batch_size
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_oss"])
+def test_rows_that_read_one_prompt_at_several_cuts_answer_as_they_would_alone(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several decoders' rows over one prefill, admitted in as many passes as their length asks."""
+    monkeypatch.setattr(core_generate, "_ADMITTED_TOKENS", 20)
+    model, rows = families.build(family, torch.float64), prompts()
+    prefill = PrefillModule(model)
+    cache = prefill.prefill(cut(rows))
+    readers = [4, 1, 1, 0, 4, 2, 4]
+    lengths = [49, 16, 5, 0, 12, 0, 49]
+    asked = [rows[reader] for reader in readers]
+    runs: list[list[list[int]]] = []
+
+    def running(owners: list[list[int]]) -> contextlib.AbstractContextManager[None]:
+        runs.append(owners)
+        return contextlib.nullcontext()
+
+    answers = generate(
+        model,
+        cache.rows(readers, lengths),
+        asked,
+        max_new_tokens=NEW,
+        stop_ids=(),
+        batch_size=3,
+        running=running,
+    )
+    assert answers == [plainly(families.reference_copy(model), ids) for ids in asked]
+    packed = [owners[0] for owners in runs if len(owners) == 1 and len(owners[0]) > 1]
+    assert max(map(len, packed)) <= 50
+    assert len(packed) > 3
+    for owners in runs:
+        assert {len(row) for row in owners} == {1} or len(owners) == 1
+    tails = [len(ids) - length for ids, length in zip(asked, lengths, strict=True)]
+    counts = Counter(row for owners in runs for part in owners for row in part)
+    # Its tail, a pass a later token, and the head a token.
+    assert counts == {row: tail + (NEW - 1) + NEW for row, tail in enumerate(tails)}
 
 
 def test_an_ended_row_leaves_nothing_in_its_place() -> None:

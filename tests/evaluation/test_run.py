@@ -18,6 +18,7 @@ from tests.training import tiny
 from prefillshare_train.core.contract import ContractError
 from prefillshare_train.core.generate import generate
 from prefillshare_train.core.loading import load_decoder
+from prefillshare_train.core.prompt_cache import CacheRows
 from prefillshare_train.evaluation import answering
 from prefillshare_train.evaluation.contestants import Contestants, DecoderSpec
 from prefillshare_train.evaluation.records import RunFolder
@@ -56,6 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "full": ["decoder.adapter=none"],
         "sft": ["method=full_prompt"],
         "aligned": ["boundary=block_aligned:4"],
+        "head": ["decoder.lora.target_modules=[q_proj,lm_head]"],
     }
     for name, overrides in wanted.items():
         place = f"training.output_dir={folder / name}"
@@ -80,7 +82,7 @@ def outputs(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def test_every_variant_answers_as_it_would_alone(folder: Path, tmp_path: Path) -> None:
-    loaded = contestants(folder, "base", "ours", "full", "sft", "aligned")
+    loaded = contestants(folder, "base", "ours", "full", "sft", "aligned", "head")
     variants = variants_of(loaded.decoders, None, [])
     labels = [(v.decoder.name, v.label, v.prefill) for v in variants]
     assert labels == [
@@ -90,6 +92,7 @@ def test_every_variant_answers_as_it_would_alone(folder: Path, tmp_path: Path) -
         ("sft", "Full-FT", "self"),
         ("sft", "naive", "base"),
         ("aligned", "PrefillShare", "base"),
+        ("head", "PrefillShare", "base"),
     ]
     evaluate(loaded, variants, [Vowels(stop="never said")], tmp_path / "whole", LIMITS)
     whole = [record["output"] for record in outputs(tmp_path / "whole").values()]
@@ -98,9 +101,9 @@ def test_every_variant_answers_as_it_would_alone(folder: Path, tmp_path: Path) -
     stop = min((count, letter) for letter, count in counts.items() if letter.isascii())[1]
     evaluate(loaded, variants, [Vowels(stop=stop)], tmp_path / "run", LIMITS)
     found = outputs(tmp_path / "run")
-    assert len(found) == 6 * 7
+    assert len(found) == 7 * 7
     spoken = {tuple(found[v.key, f"v/{n}"]["output"] for n in range(7)) for v in variants}
-    assert len(spoken) == 6, "two variants say the same, so that mixing them up would not show"
+    assert len(spoken) == 7, "two variants say the same, so that mixing them up would not show"
     stopped_early = 0
     for variant in variants:
         # One decoder alone, one prompt at a time, with nothing shared.
@@ -145,6 +148,7 @@ def test_adapters_of_one_base_answer_in_one_batch(
 
     def watched(*args: Any, **options: Any) -> Any:
         batches.append((len(args[2]), options["batch_size"]))
+        assert isinstance(args[1], CacheRows), "the prompts' K/V were copied for every decoder"
         return plain(*args, **options)
 
     monkeypatch.setattr(answering, "generate", watched)

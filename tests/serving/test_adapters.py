@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tests.serving.served import engine_of, load_served, request, run, save_served
 from transformers import AutoModelForCausalLM
 
@@ -38,6 +39,7 @@ KINDS: dict[str, tuple[dict[str, Any], type]] = {
         {"r": 6, "lora_alpha": 3, "target_modules": ["q_proj", "down_proj"]},
         StackedAdapters,
     ),
+    "the head's too": ({"target_modules": ["q_proj", "lm_head"]}, StackedAdapters),
     "rank-stabilised": ({"target_modules": "all-linear", "use_rslora": True}, StackedAdapters),
     "a trained head": (
         {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]},
@@ -76,6 +78,35 @@ def test_any_adapter_is_served_as_it_was_trained(tmp_path: Path, kind: str) -> N
             )
         assert answers[one.decoder] == expected[0], one.decoder
     assert len({tuple(answer) for answer in answers.values()}) == 4
+
+
+@pytest.mark.parametrize(
+    ("value", "switch"), [(float("inf"), PeftAdapters), (3e38, StackedAdapters)]
+)
+def test_an_adapter_that_overflows_spoils_no_other(
+    tmp_path: Path, value: float, switch: type
+) -> None:
+    folder = save_served(tmp_path, ["math", "code"])
+    names = ("math", "base", "code")
+    healthy = answers_of(load_served(folder, ["math", "code"]), names)
+    path = folder / "code" / "adapter_model.safetensors"
+    weights = load_file(path)
+    for key in weights:
+        if "lora_A" in key:
+            weights[key].fill_(value)
+    save_file(weights, path)
+    models = load_served(folder, ["math", "code"])
+    assert type(models.decoders["code"].lane._adapters) is switch
+    found = answers_of(models, names)
+    assert found["math"] == healthy["math"]
+    assert found["base"] == healthy["base"]
+    assert found["code"] != healthy["code"]
+
+
+def answers_of(models: ServedModels, names: tuple[str, ...]) -> dict[str, list[int]]:
+    requests = [request(name, PROMPT, 10) for name in names]
+    found = run(engine_of(models, 100, max_decode_rows=6), requests)
+    return {one.decoder: list(found.generation(one.request_id).token_ids) for one in requests}
 
 
 def engine_stops(models: ServedModels) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tests.workloads.fakes import FakeEngine
 
+from prefillshare_train.workloads import plots
 from prefillshare_train.workloads.driver import LoadResult, RequestRecord, SessionRecord
 from prefillshare_train.workloads.metrics import Objectives, figures, percentiles
 from prefillshare_train.workloads.plots import plot_gain_map, plot_lines, plot_loads
@@ -188,6 +189,30 @@ def test_tables_show_where_the_time_went() -> None:
     text = markdown(rows_of({POINT: numbers(30.0, **engine)}), "TTFT within 2 s")
     # 5 s of prefill, 600 tokens in 12 s, and 3 s of neither
     assert "| 1000 | 25.0 % | 5 | 60.0 % | 20 | 15.0 % |" in text
+
+
+def test_a_variant_looks_alike_in_every_panel_and_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "save", lambda figure, stem: drawn.append(figure) or [])
+    found = {}
+    for cap in (2, 4):
+        for regime, variant in (("compute", ""), ("memory", "document 9")):
+            options = {"max_sessions": cap, "regime": regime, "variant": variant}
+            found[dataclasses.replace(POINT, **options)] = numbers(30.0)
+    plot_loads(rows_of(found), tmp_path, "serve")
+    (figure,) = drawn
+    legend = {
+        text.get_text(): line.get_linestyle()
+        for text, line in zip(
+            figure.legends[0].get_texts(), figure.legends[0].get_lines(), strict=True
+        )
+    }
+    assert legend == {"shared": "-", "shared document 9": "--"}
+    for axes in figure.axes:
+        plain = axes.get_title().split(",")[1].startswith(" compute")
+        assert {line.get_linestyle() for line in axes.get_lines()} == {"-" if plain else "--"}
 
 
 def test_plots_are_written_for_axes_that_vary(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
 from prefillshare_train.core.attention import AttentionJob
-from prefillshare_train.core.kernels import masked_attention
+from prefillshare_train.core.decode_state import DecodeState
 from prefillshare_train.core.layout import Segment, group_segments, positions_of
 from prefillshare_train.core.loss import LogitTransform
 from prefillshare_train.core.modules import (
@@ -28,109 +28,10 @@ from prefillshare_train.core.modules import (
     evaluating,
     run_backbone,
 )
-from prefillshare_train.core.prompt_cache import PromptCache
+from prefillshare_train.core.prompt_cache import CacheRows, PromptCache
 
-
-@dataclass
-class _DecodeState:
-    """K/V of running sequences, padded to one capacity; also the job of a decoding step.
-
-    keys, values: one tensor of shape (slots, H_kv, capacity, D) for each layer; the first B slots
-    hold running rows. `lengths`: (B,) tokens held by each; a step writes its K/V at that position
-    and then sees one token more.
-    """
-
-    slots: int
-    lengths: Tensor
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
-
-    def add(self, cache: PromptCache, own: PromptCache, room: int) -> None:
-        """New rows: each one's shared prompt K/V, the decoder's own beside it, and `room` free."""
-        lengths = [n + m for n, m in zip(cache.lengths, own.lengths, strict=True)]
-        first = len(self.lengths)
-
-        def put(held: Tensor | None, shared: Tensor, mine: Tensor) -> Tensor:
-            heads, _, width = mine.shape
-            if held is None or held.shape[2] < max(lengths) + room:
-                wider = mine.new_zeros((self.slots, heads, max(lengths) + room, width))
-                if held is not None:
-                    wider[:first, :, : held.shape[2]] = held[:first]
-                held = wider
-            spans = zip(cache.starts, cache.lengths, own.starts, own.lengths, strict=True)
-            for row, (start, length, own_start, own_length) in enumerate(spans, first):
-                end = length + own_length
-                held[row, :, :length] = shared[:, start : start + length]
-                held[row, :, length:end] = mine[:, own_start : own_start + own_length]
-                held[row, :, end:] = 0  # an ended row's infinities would not be masked: 0 * inf
-            return held
-
-        nothing: list[Any] = [None] * len(own.keys)
-        self.keys = list(map(put, self.keys or nothing, cache.keys, own.keys))
-        self.values = list(map(put, self.values or nothing, cache.values, own.values))
-        new = torch.tensor(lengths, device=self.lengths.device)
-        self.lengths = torch.cat([self.lengths, new])
-        self._masks = {}
-
-    def keep(self, rows: Sequence[int]) -> list[int]:
-        """Drop all rows but these (ascending); which row each of the first slots holds now.
-
-        The last rows move into the slots of those that ended, and the others stay where they are:
-        one row's K/V is copied for each that ended, not everybody's.
-        """
-        count = len(rows)
-        kept = set(rows)
-        movers = [row for row in rows if row >= count]
-        order = [slot if slot in kept else movers.pop() for slot in range(count)]
-        for slot, row in enumerate(order):
-            if slot != row:
-                for layer in (*self.keys, *self.values):
-                    layer[slot] = layer[row]
-        self.lengths = self.lengths[torch.tensor(order, device=self.lengths.device).long()]
-        self._masks = {}
-        return order
-
-    def advance(self) -> None:
-        """Count the token that the last step wrote."""
-        self.lengths = self.lengths + 1
-        self._masks = {}
-
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        sliding_window: int | None = None,
-        sinks: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
-        layer: int = module.layer_idx  # type: ignore[assignment]
-        count = query.shape[0]
-        keys, values = self.keys[layer][:count], self.values[layer][:count]
-        rows = torch.arange(count, device=query.device)
-        keys[rows, :, self.lengths] = key[:, :, 0].to(keys.dtype)
-        values[rows, :, self.lengths] = value[:, :, 0].to(values.dtype)
-        mask = self._mask(sliding_window, keys.shape[2])
-        width = mask.shape[-1]
-        keys, values = keys[:, :, :width], values[:, :, :width]
-        return masked_attention(query, keys, values, mask, scaling, sinks=sinks)
-
-    def _mask(self, window: int | None, capacity: int) -> Tensor:
-        """(B, 1, 1, longest) booleans: the row's own tokens, inside the layer's window."""
-        if window not in self._masks:
-            positions = torch.arange(
-                min(int(self.lengths.max()) + 1, capacity), device=self.lengths.device
-            )[None]
-            last = self.lengths[:, None]
-            seen = positions <= last
-            if window is not None:
-                seen &= last - positions < window
-            self._masks[window] = seen[:, None, None]
-        return self._masks[window]
+# Prompt tokens of one pass: a large batch's whole prompts at once would take their activations.
+_ADMITTED_TOKENS = 16384
 
 
 def _take(waiting: deque[int], count: int) -> list[int]:
@@ -140,7 +41,7 @@ def _take(waiting: deque[int], count: int) -> list[int]:
 @torch.no_grad()
 def generate(
     decoder: nn.Module,
-    cache: PromptCache,
+    cache: PromptCache | CacheRows,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -158,7 +59,8 @@ def generate(
     Args:
         decoder: the decode module, a causal LM or a `PeftModel`.
         cache: the base's K/V of each prompt's first `cache.lengths[i]` tokens; the decoder runs
-            the rest, one token at least. It is left as it was.
+            the rest, one token at least. It is left as it was. `CacheRows` lets several rows read
+            one prompt's K/V.
         prompts: token ids of the whole prompts.
         max_new_tokens: the longest response, the stop token included.
         stop_ids: token ids that end a response; the one that did is kept at its end.
@@ -171,8 +73,8 @@ def generate(
         on_response: called with (row, response) as each row ends.
         batch_size: rows that decode at once; others wait, and take the place of rows that have
             ended. All of them where None.
-        running: entered around every forward pass, with the row that each of its (B, T) tokens
-            belongs to: for a `decoder` that runs several decoders' rows in one batch.
+        running: entered around every forward pass, the head's too, with the row that each of its
+            (B, T) tokens belongs to: for a `decoder` that runs several decoders' rows in one batch.
 
     Returns:
         The response token ids of each prompt.
@@ -220,7 +122,7 @@ class _Loop:
     """One call of `generate`: pick a token a row, drop finished rows, refill, step, repeat."""
 
     model: Any
-    cache: PromptCache
+    cache: PromptCache | CacheRows
     prompts: list[list[int]]
     max_new_tokens: int
     stop_ids: frozenset[int]
@@ -240,7 +142,7 @@ class _Loop:
         waiting = deque(range(len(self.prompts)))
         active = _take(waiting, self.batch_size)
         nothing = torch.zeros(0, dtype=torch.long, device=self.model.device)
-        state = _DecodeState(min(self.batch_size, len(self.prompts)), nothing)
+        state = DecodeState(min(self.batch_size, len(self.prompts)), nothing)
         hidden = self._admit(active, state)
         while True:
             tokens = self._pick(hidden, active)
@@ -277,10 +179,23 @@ class _Loop:
             return False
         return self.should_stop is None or not self.should_stop(row, response)
 
-    def _admit(self, rows: list[int], state: _DecodeState) -> Tensor:
+    def _admit(self, rows: list[int], state: DecodeState) -> Tensor:
         """Run the prompts' last tokens on the decoder; hidden state (B, D) at each one's last."""
-        everything = rows == list(range(len(self.prompts)))
-        cache = self.cache if everything else self.cache.select(rows)
+        passes: list[list[int]] = []
+        total = 0
+        for row in rows:
+            length = len(self.prompts[row]) - self.cache.lengths[row]
+            if not passes or total + length > _ADMITTED_TOKENS:
+                passes.append([])
+                total = 0
+            passes[-1].append(row)
+            total += length
+        return torch.cat([self._admit_at_once(part, state) for part in passes])
+
+    def _admit_at_once(self, rows: list[int], state: DecodeState) -> Tensor:
+        cache = self.cache
+        if isinstance(cache, CacheRows) or rows != list(range(len(self.prompts))):
+            cache = cache.select(rows)
         tails = [self.prompts[row][self.cache.lengths[row] :] for row in rows]
         segments = [
             Segment(len(tail), start, held)
@@ -298,7 +213,7 @@ class _Loop:
         state.add(cache, own, self.max_new_tokens)
         return hidden[ends]
 
-    def _step(self, state: _DecodeState, active: list[int]) -> Tensor:
+    def _step(self, state: DecodeState, active: list[int]) -> Tensor:
         """Run the last token of each active row; hidden states (B, D)."""
         tokens = [self.responses[row][-1] for row in active]
         ids = torch.tensor(tokens, device=state.lengths.device)[:, None]
@@ -309,7 +224,9 @@ class _Loop:
 
     def _pick(self, hidden: Tensor, active: list[int]) -> list[int]:
         """Next token of each active row, from hidden states (B, D)."""
-        logits = self.transform(self.model.get_output_embeddings()(hidden)).float()
+        with self.running([[row] for row in active]):
+            logits = self.model.get_output_embeddings()(hidden[:, None])[:, 0]
+        logits = self.transform(logits).float()
         if self.processors is not None:
             history: Any = self._history(active, hidden.device)
             logits = self.processors(history, logits)

@@ -106,6 +106,10 @@ class PromptCache:
             tuple(cuts), [take(k) for k in self.keys], [take(v) for v in self.values]
         )
 
+    def rows(self, prompts: Sequence[int], lengths: Sequence[int]) -> CacheRows:
+        """Rows that read these prompts, each cut to its first tokens; nothing is copied."""
+        return CacheRows(self, tuple(prompts), tuple(lengths))
+
     def extended(self, new: PromptCache) -> PromptCache:
         """Each prompt followed by the tokens that `new` recorded for it (partial prefill)."""
         if len(self.lengths) != len(new.lengths):
@@ -125,3 +129,21 @@ class PromptCache:
             [join(a, b) for a, b in zip(self.keys, new.keys, strict=True)],
             [join(a, b) for a, b in zip(self.values, new.values, strict=True)],
         )
+
+
+@dataclass(frozen=True)
+class CacheRows:
+    """Rows over a cache, several of which may read one prompt; see `PromptCache.rows`.
+
+    Attributes:
+        prompts: the prompt that each row reads.
+        lengths: tokens of it that the row has.
+    """
+
+    cache: PromptCache
+    prompts: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    def select(self, rows: Sequence[int]) -> PromptCache:
+        """A cache of some rows, in the order given."""
+        return self.cache.select([self.prompts[r] for r in rows], [self.lengths[r] for r in rows])

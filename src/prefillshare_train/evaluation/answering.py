@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from prefillshare_train.core.generate import generate
-from prefillshare_train.core.modules import PrefillModule, causal_lm_of, empty_cache
-from prefillshare_train.core.prompt_cache import PromptCache
 from prefillshare_train.data import Renderer
 from prefillshare_train.evaluation.contestants import Contestants
 from prefillshare_train.evaluation.prompts import Prompt
@@ -109,7 +107,7 @@ def _answer_group(
         with contestants.running([variant.decoder for variant in variants]) as (decoder, running):
             generate(
                 decoder,
-                _cache_for(contestants.prefill, cache, [i for i, _ in rows], lengths),
+                cache.rows([i for i, _ in rows], lengths),
                 [p.ids for p in chosen],
                 max_new_tokens=max(p.item.max_new_tokens for p in chosen),
                 stop_ids=contestants.renderer.end_token_ids,
@@ -125,7 +123,7 @@ def _answer_group(
 def _batches(contestants: Contestants, variants: Iterable[Variant]) -> list[list[Variant]]:
     """Variants whose answers decode in one batch: of each decoder one, so that memory is bounded.
 
-    One that runs its whole prompts itself decodes alone: a batch of whole prompts is large enough.
+    One that runs its whole prompts itself decodes alone: its batch is long enough.
     """
     batches: list[list[Variant]] = []
     for variant in variants:
@@ -180,16 +178,6 @@ class _Keeper:
         )
         self._keep(answered)
         self._last = time.perf_counter()  # keeping an answer is no part of making the next
-
-
-def _cache_for(
-    prefill: PrefillModule, cache: PromptCache, rows: Sequence[int], lengths: Sequence[int]
-) -> PromptCache:
-    if not any(lengths):
-        return empty_cache((0,) * len(rows), causal_lm_of(prefill.model))
-    if tuple(rows) == tuple(range(len(cache.lengths))) and tuple(lengths) == cache.lengths:
-        return cache
-    return cache.select(rows, lengths)
 
 
 class Stopper:

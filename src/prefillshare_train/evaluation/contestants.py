@@ -165,10 +165,16 @@ class Contestants:
                 )
             )
 
-    def lane_of(self, decoder: Decoder) -> str:
-        """Decoders of one lane can answer in one batch."""
+    def lane_of(self, decoder: Decoder) -> str | None:
+        """Decoders of one lane can answer in one batch: their own names, None for all stacked."""
         in_stack = decoder.method == BASE or decoder.name in self._loaded.adapters
-        return "stacked adapters" if self._stackable and in_stack else decoder.name
+        return None if self._stackable and in_stack else decoder.name
+
+    def adapter_of(self, decoder: Decoder) -> str:
+        """How its adapter is run, which bfloat16 answers depend on: `none`, `stacked` or `peft`."""
+        if decoder.name not in self._loaded.adapters:
+            return "none"
+        return "stacked" if self._stackable else "peft"
 
     @contextlib.contextmanager
     def running(self, owners: Sequence[Decoder]) -> Iterator[tuple[nn.Module, RowSwitch | None]]:

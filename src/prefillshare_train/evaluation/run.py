@@ -90,7 +90,11 @@ def _evaluate(
     stopwatch = Stopwatch(folder.path)
     folder.claim("base", _identity(contestants))
     for variant in variants:
-        identity = {"sha256": variant.decoder.identity, "boundary": str(variant.rule)}
+        identity = {
+            "sha256": variant.decoder.identity,
+            "boundary": str(variant.rule),
+            "adapter": contestants.adapter_of(variant.decoder),
+        }
         folder.claim(f"variant {variant.key}", identity)
     for task in tasks:
         folder.claim(f"task {task.name}", task.settings, aside=MACHINE_SETTINGS)

@@ -107,7 +107,7 @@ class StackedAdapters:
             self._tokens = None
 
     def mask(self, owners: tuple[int, ...], like: Tensor) -> Tensor:
-        """(rows, tokens, ranks): 1 where a rank belongs to the token's adapter.
+        """(rows, tokens, ranks) booleans: True where a rank belongs to another adapter.
 
         Args:
             owners: the adapter that each stacked rank belongs to.
@@ -115,8 +115,8 @@ class StackedAdapters:
         if self._tokens is None:
             raise RuntimeError("a model with stacked adapters ran without its rows being named")
         if owners not in self._masks:
-            same = self._tokens[:, :, None] == torch.tensor(owners)
-            self._masks[owners] = same.to(like)
+            others = self._tokens[:, :, None] != torch.tensor(owners)
+            self._masks[owners] = others.to(like.device)
         return self._masks[owners]
 
 
@@ -140,7 +140,8 @@ class _StackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(rows, tokens, in) -> (rows, tokens, out)."""
         low = F.linear(x, self.a)
-        low = low * self._rows.mask(self._owners, low)
+        # Not a product with zeros: another adapter's overflow times 0 would be no number.
+        low = low.masked_fill(self._rows.mask(self._owners, low), 0)
         output: Tensor = self.linear(x)
         return output + F.linear(low, self.b)
 
@@ -152,7 +153,8 @@ def stack_adapters(
 
     Returns:
         The model and its switch; None where an adapter is more than plain LoRA on linear layers
-        (DoRA, biases, trained embeddings or heads), for which `PeftAdapters` is there.
+        (DoRA, biases, trained embeddings or heads) or has weights that are no numbers, for which
+        `PeftAdapters` is there.
     """
     rows = StackedAdapters(names)
     model = twin_of(base)
@@ -182,6 +184,8 @@ def _stack(layer: Any, names: Sequence[str], rows: StackedAdapters) -> nn.Module
     dtype = linear.weight.dtype
     a = [layer.lora_A[name].weight.detach().to(dtype) for _, name in held]
     b = [(layer.lora_B[name].weight.detach() * layer.scaling[name]).to(dtype) for _, name in held]
+    if not all(bool(part.isfinite().all()) for part in (*a, *b)):
+        return None  # no mask would keep it out of the other rows' sums
     owners = tuple(
         number for (number, _), part in zip(held, a, strict=True) for _ in range(len(part))
     )

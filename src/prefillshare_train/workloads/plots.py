@@ -102,21 +102,24 @@ def _plot_axis(rows: Sequence[Row], axis: str, label: str, stem: Path) -> list[P
         panels.setdefault((row["workload"], row["regime"]), []).append(row)
     figure = _figure((3.4 * len(_FIGURES), 2.8 * len(panels)))
     grid = figure.subplots(len(panels), len(_FIGURES), squeeze=False)
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    legend: dict[str, Any] = {}
     for line, ((workload, regime), members) in zip(grid, panels.items(), strict=True):
         for axes, (key, title) in zip(line, _FIGURES.items(), strict=True):
-            _draw(axes, members, axis, key)
+            _draw(axes, members, variants, axis, key)
+            for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
+                legend.setdefault(text, handle)
             axes.set_title(f"{workload}, {regime}: {title}", fontsize=8)
             axes.set_xlabel(label, fontsize=8)
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=len(legend))
     return save(figure, stem)
 
 
-def _draw(axes: Any, rows: Sequence[Row], axis: str, key: str) -> None:
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
+def _draw(axes: Any, rows: Sequence[Row], variants: list[str], axis: str, key: str) -> None:
     styles = ("-", "--", ":", "-.")
     for mode, colour in _COLOURS.items():
         for number, variant in enumerate(variants):
+            style = styles[number % len(styles)]
             mine = [r for r in rows if r["mode"] == mode and r["variant"] == variant]
             points = _best_along([r for r in mine if r[key] is not None], axis, key)
             if points:
@@ -124,14 +127,15 @@ def _draw(axes: Any, rows: Sequence[Row], axis: str, key: str) -> None:
                     *zip(*points, strict=True),
                     marker="o",
                     markersize=3,
-                    linestyle=styles[number % len(styles)],
+                    linestyle=style,
                     color=colour,
                     label=f"{mode} {variant}".strip(),
                 )
-            if key == "hit_ratio" and not number:
+            if key == "hit_ratio":
                 limit = _best_along([r for r in mine if r["hit_ratio_max"]], axis, "hit_ratio_max")
                 if limit:
-                    axes.plot(*zip(*limit, strict=True), linewidth=0.8, color=colour, alpha=0.5)
+                    thin = {"linewidth": 0.8, "color": colour, "alpha": 0.5}
+                    axes.plot(*zip(*limit, strict=True), linestyle=style, **thin)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
 
