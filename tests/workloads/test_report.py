@@ -191,6 +191,16 @@ def test_tables_show_where_the_time_went() -> None:
     assert "| 1000 | 25.0 % | 5 | 60.0 % | 20 | 15.0 % |" in text
 
 
+def test_several_machines_are_named_with_what_they_ran() -> None:
+    one = rows_of({POINT: numbers(30.0) | {"machine": "a laptop"}})
+    other = rows_of({replace(POINT, variant="document 9"): numbers(9.0) | {"machine": "a server"}})
+    assert markdown(one, "").splitlines()[-1] == "a laptop"
+    assert markdown(one + other, "").splitlines()[-2:] == [
+        "- react, memory: a laptop",
+        "- react document 9, memory: a server",
+    ]
+
+
 def test_a_variant_looks_alike_in_every_panel_and_is_named_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

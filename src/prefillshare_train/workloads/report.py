@@ -167,8 +167,19 @@ def markdown(rows: Sequence[Row], objectives: str) -> str:
             "Where the time of a run went. Sharing can remove prefill only: the share of decode is "
             "what no cache takes away.",
         ]
-    machines = sorted({row["machine"] for row in rows if row.get("machine")})
-    return "\n".join([*lines, "", *machines]) + "\n"
+    return "\n".join([*lines, "", *_machines(rows)]) + "\n"
+
+
+def _machines(rows: Sequence[Row]) -> list[str]:
+    """The machine, and where there are several what each has run."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("machine"):
+            case = f"{row['workload']} {row['variant']}".strip() + f", {row['regime']}"
+            found.setdefault(row["machine"], []).append(case)
+    if len(found) == 1:
+        return list(found)
+    return [f"- {'; '.join(dict.fromkeys(cases))}: {name}" for name, cases in found.items()]
 
 
 def _row(point: LoadPoint, repeats: Sequence[Figures]) -> Row:
