@@ -139,6 +139,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if not (Path(options.model) / "config.json").is_file():
         parser.error(f"--model {options.model}: no config.json there; `make model` fetches one")
+    if options.context_tokens and set(options.experiment) - {"compare", "report"}:
+        parser.error("--context-tokens is compare's alone: run the other experiments without it")
     return options
 
 

@@ -99,16 +99,16 @@ def parting(contestants: Contestants, variant: Variant, prompt: Prompt, *others:
     cache = contestants.prefill.prefill([prompt.ids[:cut]])
     seen = _TopTwo()
     renderer = contestants.renderer
-    with contestants.running([variant.decoder]) as (decoder, running):
-        [ids] = generate(
-            decoder,
-            cache,
-            [prompt.ids],
-            max_new_tokens=prompt.item.max_new_tokens,
-            stop_ids=renderer.end_token_ids,
-            processors=LogitsProcessorList([seen]),
-            running=running,
-        )
+    decoder, running = contestants.model_for([variant.decoder])
+    [ids] = generate(
+        decoder,
+        cache,
+        [prompt.ids],
+        max_new_tokens=prompt.item.max_new_tokens,
+        stop_ids=renderer.end_token_ids,
+        processors=LogitsProcessorList([seen]),
+        running=running,
+    )
 
     def text(tokens: Sequence[int]) -> str:
         return renderer.decode(list(tokens), skip_special_tokens=True)

@@ -28,13 +28,17 @@ def save_base(folder: Path) -> Path:
     return folder
 
 
-def measured(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [
         *(sys.executable, "benchmarks/serve.py", f"--model={save_base(folder / 'base')}"),
         *(f"--runs={folder / 'runs'}", f"--out={folder / 'out'}"),
         *("--traces=none", "--dtype=float32", "--system-tokens=32", *arguments),
     ]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def measured(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    done = run(folder, *arguments)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -83,3 +87,10 @@ def test_sessions_with_documents_stand_beside_those_without(tmp_path: Path) -> N
         # The draw of a document moves those of the rest, which is 2,000 tokens at most here.
         assert longer > copies * 2000, row["mode"]
         assert row["kv_bytes"] > plain["kv_bytes"]
+
+
+def test_a_document_that_an_experiment_would_not_read_is_refused(tmp_path: Path) -> None:
+    refused = run(tmp_path, "compare", "one-decoder", "--context-tokens=64")
+    assert refused.returncode == 2
+    assert "--context-tokens is compare's alone" in refused.stderr
+    assert not (tmp_path / "out").exists()

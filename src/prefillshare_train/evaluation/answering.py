@@ -104,20 +104,20 @@ def _answer_group(
         variants = [variant for _, variant in rows]
         about_prefill = prefill_seconds, prefill_id
         start = time.perf_counter()
-        with contestants.running([variant.decoder for variant in variants]) as (decoder, running):
-            generate(
-                decoder,
-                cache.rows([i for i, _ in rows], lengths),
-                [p.ids for p in chosen],
-                max_new_tokens=max(p.item.max_new_tokens for p in chosen),
-                stop_ids=contestants.renderer.end_token_ids,
-                should_stop=Stopper(contestants.renderer, chosen),
-                on_response=_Keeper(
-                    contestants.renderer, variants, chosen, lengths, about_prefill, start, keep
-                ),
-                batch_size=batch_size * len(together),
-                running=running,
-            )
+        decoder, running = contestants.model_for([variant.decoder for variant in variants])
+        generate(
+            decoder,
+            cache.rows([i for i, _ in rows], lengths),
+            [p.ids for p in chosen],
+            max_new_tokens=max(p.item.max_new_tokens for p in chosen),
+            stop_ids=contestants.renderer.end_token_ids,
+            should_stop=Stopper(contestants.renderer, chosen),
+            on_response=_Keeper(
+                contestants.renderer, variants, chosen, lengths, about_prefill, start, keep
+            ),
+            batch_size=batch_size * len(together),
+            running=running,
+        )
 
 
 def _batches(contestants: Contestants, variants: Iterable[Variant]) -> list[list[Variant]]:

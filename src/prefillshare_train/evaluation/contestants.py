@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,8 +127,9 @@ class Contestants:
         self.base_fingerprint = self._loaded.base_fingerprint
         self.prefill = PrefillModule(self._loaded.base)
         lora, adapters = self._loaded.lora, tuple(self._loaded.adapters.values())
-        self._stackable = bool(lora and stack_adapters(self._loaded.base, lora, adapters))
-        self._stacks: dict[frozenset[str], tuple[PreTrainedModel, StackedAdapters]] = {}
+        whole = stack_adapters(self._loaded.base, lora, adapters) if lora else None
+        self._stackable = whole is not None
+        self._stacks = {} if whole is None else {frozenset(adapters): whole}
         self.decoders: list[Decoder] = []
         contracts = self._loaded.contracts
         first = next(iter(contracts.values()), None)
@@ -176,8 +177,7 @@ class Contestants:
             return "none"
         return "stacked" if self._stackable else "peft"
 
-    @contextlib.contextmanager
-    def running(self, owners: Sequence[Decoder]) -> Iterator[tuple[nn.Module, RowSwitch | None]]:
+    def model_for(self, owners: Sequence[Decoder]) -> tuple[nn.Module, RowSwitch | None]:
         """A model that runs row i as `owners[i]`, decoders of one lane.
 
         Returns:
@@ -185,21 +185,20 @@ class Contestants:
         """
         loaded, first = self._loaded, owners[0]
         if all(decoder.method == BASE for decoder in owners):
-            yield loaded.base, None
-        elif first.name in loaded.full:
-            yield loaded.full[first.name], None
-        elif self._stackable:
-            names = [loaded.adapters.get(decoder.name, BASE_ADAPTER) for decoder in owners]
-            model, adapters = self._stack(frozenset(names) - {BASE_ADAPTER})
-
-            def switch(rows: list[list[int]]) -> contextlib.AbstractContextManager[None]:
-                return adapters.running_tokens([[names[row] for row in part] for part in rows])
-
-            yield model, switch
-        else:
+            return loaded.base, None
+        if first.name in loaded.full:
+            return loaded.full[first.name], None
+        if not self._stackable:
             assert loaded.lora is not None
             loaded.lora.set_adapter(loaded.adapters[first.name])
-            yield loaded.lora, None
+            return loaded.lora, None
+        names = [loaded.adapters.get(decoder.name, BASE_ADAPTER) for decoder in owners]
+        model, adapters = self._stack(frozenset(names) - {BASE_ADAPTER})
+
+        def switch(rows: list[list[int]]) -> contextlib.AbstractContextManager[None]:
+            return adapters.running_tokens([[names[row] for row in part] for part in rows])
+
+        return model, switch
 
     def _stack(self, names: frozenset[str]) -> tuple[PreTrainedModel, StackedAdapters]:
         """Only the adapters of a batch: every other would cost all of its rows."""
