@@ -21,6 +21,7 @@ import torch
 from serve_setup import random_decoders
 
 from prefillshare_train.core.decoder_set import DecoderSet
+from prefillshare_train.core.devices import default_dtype_name
 from prefillshare_train.serving.adapters import PeftAdapters, stack_adapters
 from prefillshare_train.serving.kv_storage import KVGeometry, KVStorage
 from prefillshare_train.serving.lane import DecodeRow, Lane
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--adapters", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", default=default_dtype_name(), choices=("float32", "bfloat16"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/adapters.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
 """The CPU attention kernels beside SDPA: `python benchmarks/attention.py [--threads N]`.
 
-Interleaved in one process, medians of several rounds. Three shapes of a 135M model with four
-conversations: the base's causal prefill (forward only), a decoder's response over the prompt cache
-(forward and backward), and a decoding step of 16 rows, with and without the query heads of one K/V
-head folded into its queries.
+Interleaved in one process, medians of several rounds. Shapes of a 135M model with four
+conversations: the base's causal prefill (forward only), a chunk of 256 tokens after a past of 1024
+(forward only), a decoder's response over the prompt cache (forward and backward), and a decoding
+step of 16 rows, with and without the query heads of one K/V head folded into its queries.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from prefillshare_train.core import kernels
 
 BATCH, HEADS, KV_HEADS, DIM = 4, 9, 3, 64
 PROMPT, RESPONSE = 512, 64
+CHUNK, CHUNK_PAST = 256, 1024
 STEP_ROWS = 16
 BLOCKS = (32, 64, 128, 256, 512)
 
@@ -37,6 +38,17 @@ def prefill_case(dtype: torch.dtype) -> Callable[[Callable[..., Tensor]], None]:
     def run(route: Callable[..., Tensor]) -> None:
         with torch.no_grad():
             route(query, key, value, None, DIM**-0.5, 0.0, None, None)
+
+    return run
+
+
+def chunk_case(dtype: torch.dtype) -> Callable[[Callable[..., Tensor]], None]:
+    query, key, value = (rows(h, CHUNK, dtype, False) for h in (HEADS, KV_HEADS, KV_HEADS))
+    past = (rows(KV_HEADS, CHUNK_PAST, dtype, False), rows(KV_HEADS, CHUNK_PAST, dtype, False))
+
+    def run(route: Callable[..., Tensor]) -> None:
+        with torch.no_grad():
+            route(query, key, value, past, DIM**-0.5, 0.0, None, None)
 
     return run
 
@@ -91,14 +103,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtypes", default="float32,bfloat16")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     routes = {"sdpa": kernels._attend_sdpa, **{f"blocks of {b}": blocked(b) for b in BLOCKS}}
     table = Table(title=f"median ms, {options.threads} threads")
     for column in ("case", *routes):
         table.add_column(column, justify="right")
-    for dtype in (torch.float32, torch.bfloat16):
-        for name, make in (("prefill", prefill_case), ("response", response_case)):
+    cases = {"prefill": prefill_case, "chunk": chunk_case, "response": response_case}
+    for dtype in (getattr(torch, name) for name in options.dtypes.split(",")):
+        for name, make in cases.items():
             run = make(dtype)
             runs = {n: partial(run, attend) for n, attend in routes.items()}
             table.add_row(
@@ -108,7 +122,7 @@ def main() -> None:
     table = Table(title=f"a decoding step of {STEP_ROWS} rows, median ms")
     for column in ("dtype", "sdpa, enable_gqa", "folded"):
         table.add_column(column, justify="right")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (getattr(torch, name) for name in options.dtypes.split(",")):
         name = str(dtype).removeprefix("torch.")
         table.add_row(name, *medians(decoding_step(dtype), options.rounds))
     Console(width=110).print(table)

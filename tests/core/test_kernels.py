@@ -111,3 +111,32 @@ def test_more_keys_than_queries_without_a_mask_is_refused() -> None:
     query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
     with pytest.raises(ValueError, match="3 queries over 5 keys"):
         kernels.masked_attention(query, key, key, None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("grad", "past", "own", "window", "route"),
+    [
+        (False, 40, 8, None, "_attend_sdpa"),
+        (False, 4, 8, None, "_attend_blocks"),
+        (False, 40, 8, 16, "_attend_blocks"),
+        (True, 40, 8, None, "_attend_blocks"),
+    ],
+)
+def test_a_chunk_after_a_longer_past_takes_the_fused_kernel(
+    monkeypatch: pytest.MonkeyPatch, grad: bool, past: int, own: int, window: int | None, route: str
+) -> None:
+    taken = []
+    for name in ("_attend_blocks", "_attend_sdpa"):
+        real = getattr(kernels, name)
+
+        def spy(*arguments: object, name: str = name, real: object = real) -> Tensor:
+            taken.append(name)
+            return real(*arguments)  # type: ignore[operator, no-any-return]
+
+        monkeypatch.setattr(kernels, name, spy)
+    query, key, value = (torch.randn(1, heads, own, 4) for heads in (4, 2, 2))
+    held = (torch.randn(2, past, 4), torch.randn(2, past, 4))
+    groups = group_segments([Segment(own, 0, past)])
+    with torch.set_grad_enabled(grad):
+        kernels.attend_segments(query, key, value, groups, held, scaling=0.5, sliding_window=window)
+    assert taken == [route]

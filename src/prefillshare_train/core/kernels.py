@@ -2,10 +2,10 @@
 
 Three routes to the same numbers. On CUDA in half precision a row is one FlashAttention call (see
 `flash`). Else each group of segments is one call of `scaled_dot_product_attention` with an explicit
-mask on accelerators. On CPU the queries are taken in blocks and run
-as batched matrix products: keys that a block cannot see are never multiplied, query heads that
-share a K/V head are folded into one product, and no gradient is computed for the prompt cache.
-`benchmarks/attention.py` shows what that is worth beside the SDPA kernel.
+mask on accelerators, and on CPU for a chunk of a prompt after a longer past. Else on CPU the
+queries are taken in blocks and run as batched matrix products: keys that a block cannot see are
+never multiplied, query heads that share a K/V head are folded into one product, and no gradient is
+computed for the prompt cache. `benchmarks/attention.py` has them side by side.
 """
 
 from __future__ import annotations
@@ -63,11 +63,18 @@ def attend_segments(
         group_past = None
         if past is not None and group.past_length:
             group_past = (_gather_past(past[0], group), _gather_past(past[1], group))
-        route = _attend_blocks if query.device.type == "cpu" else _attend_sdpa
+        blocks = query.device.type == "cpu" and not _mostly_past(group, sliding_window)
+        route = _attend_blocks if blocks else _attend_sdpa
         output = route(own[0], own[1], own[2], group_past, scaling, dropout, sliding_window, sinks)
         # (H, G, n, D) -> (G * n, H, D)
         outputs.append(output.permute(1, 2, 0, 3).flatten(0, 1))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
+
+
+def _mostly_past(group: SegmentGroup, window: int | None) -> bool:
+    """Whether a forward pass alone runs over so many keys that a mask hides few of them."""
+    own = (group.query_end - group.query_start) // group.count
+    return not torch.is_grad_enabled() and window is None and group.past_length >= own
 
 
 def _split(rows: Tensor, count: int) -> Tensor:

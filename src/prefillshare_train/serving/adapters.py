@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefillshare_train.core.decoder_set import twin_of
+from prefillshare_train.core.few_rows import use_few_rows
 
 BASE_ADAPTER = "__base__"
 """Name of no adapter at all, among those of a batch; PEFT's own word for it."""
@@ -168,6 +169,7 @@ def stack_adapters(
         if stacked is None:
             return None
         model.set_submodule(name, stacked)
+    use_few_rows(model)
     return model, rows
 
 

@@ -12,6 +12,7 @@ import torch
 from prefillshare_train.core.boundary import BoundaryRule
 from prefillshare_train.core.contract import Contract, ContractError
 from prefillshare_train.core.decoder_set import DecoderSet
+from prefillshare_train.core.few_rows import use_few_rows
 from prefillshare_train.core.families import position_limit
 from prefillshare_train.data import Renderer, base_renderer, saved_renderer
 from prefillshare_train.serving.adapters import (
@@ -67,6 +68,8 @@ class ServedModels:
         self.dtype = loaded.dtype
         self.renderer = renderer
         lanes = _lora_lanes(loaded)
+        for model in loaded.full.values():
+            use_few_rows(model)
         self.decoders: dict[str, ServedDecoder] = {}
         for name, contract in loaded.contracts.items():
             adapter = loaded.adapters.get(name, BASE_ADAPTER)
