@@ -25,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from serve_setup import random_decoders
 
+from prefillshare_train.core.devices import default_dtype_name
 from prefillshare_train.serving.api import Event, GenerationRequest, SamplingParams
 from prefillshare_train.serving.config import EngineConfig
 from prefillshare_train.serving.engine import Engine
@@ -79,7 +80,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--response", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", default=default_dtype_name(), choices=("float32", "bfloat16"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/disaggregated.json"))
     options = parser.parse_args()
     threads = torch.get_num_threads()

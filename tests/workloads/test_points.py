@@ -243,3 +243,8 @@ def test_a_killed_run_goes_on_at_the_point_it_was_in(tmp_path: Path) -> None:
     again = subprocess.run(**options, check=True, stdout=subprocess.PIPE, text=True)
     assert int(again.stdout) == 4 - len(done)
     assert all(path.read_bytes() == content for path, content in done.items())
+
+
+def test_figures_name_the_dtype_beside_the_machine(tmp_path: Path) -> None:
+    plain, named = PointStore(tmp_path, {}), PointStore(tmp_path, {"dtype": "float32"})
+    assert (plain.where, named.where) == (plain.machine, f"{plain.machine}, float32")

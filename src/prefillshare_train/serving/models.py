@@ -12,8 +12,8 @@ import torch
 from prefillshare_train.core.boundary import BoundaryRule
 from prefillshare_train.core.contract import Contract, ContractError
 from prefillshare_train.core.decoder_set import DecoderSet
-from prefillshare_train.core.few_rows import use_few_rows
 from prefillshare_train.core.families import position_limit
+from prefillshare_train.core.few_rows import use_few_rows
 from prefillshare_train.data import Renderer, base_renderer, saved_renderer
 from prefillshare_train.serving.adapters import (
     BASE_ADAPTER,

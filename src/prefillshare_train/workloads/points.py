@@ -158,6 +158,11 @@ class PointStore:
         self.machine = machine(device)
         self._setup = {**setup, "machine": self.machine, "code": _code_fingerprint()}
 
+    @property
+    def where(self) -> str:
+        """The machine and, where the setup names one, the dtype, in words."""
+        return ", ".join([self.machine, *filter(None, [self._setup.get("dtype")])])
+
     def also(self, setup: dict[str, Any]) -> PointStore:
         """The same folder, where more shapes the figures."""
         # The code's fingerprint stays that of the code that was loaded.
@@ -247,7 +252,7 @@ class Bench:
             _drive_both(self.client_of, workload, point, options, lambda: bar.update(1))
         )
         found = figures(result, _work(warm.sent, result.sent), self.objectives)
-        found["machine"] = store.machine
+        found["machine"] = store.where
         store.write(point, found, result)
         self.on_result(point, result)
         return found
