@@ -39,7 +39,7 @@ from prefillshare_train.core.devices import default_dtype_name
 from prefillshare_train.workloads.files import write_json, write_text
 from prefillshare_train.workloads.metrics import Objectives
 from prefillshare_train.workloads.plots import plot_gain_map, plot_loads
-from prefillshare_train.workloads.report import Row, gains, markdown
+from prefillshare_train.workloads.report import Row, markdown
 
 EXPERIMENTS: dict[str, Callable[[Lab, argparse.Namespace], list[Row]]] = {
     "compare": experiments.compare,
@@ -84,9 +84,10 @@ def report(rows: list[Row], ttft: list[Row], out: Path, objectives: Objectives) 
         mine = [row for row in rows if row["experiment"] == name]
         if not mine:
             continue
-        parts.append(f"## {title}\n\n{markdown(mine, limits)}")
+        text = experiments.gain_table(mine) if name == "map" else markdown(mine, limits)
+        parts.append(f"## {title}\n\n{text}")
         if name == "map":
-            plot_gain_map(experiments.gain_cells(gains(mine)), out / "serve_map")
+            plot_gain_map(experiments.gain_cells(mine), out / "serve_map")
         elif name != "quick":
             plot_loads(mine, out, f"serve_{name.replace('-', '_')}")
     if ttft:
@@ -127,7 +128,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--memory-sessions", type=int, default=8, help="that shared holds")
     parser.add_argument("--overloads", type=shares, default=[0.5, 1, 2, 3], help="of them")
     parser.add_argument("--fixed-cap", type=int, default=8, help="where it does not vary")
-    parser.add_argument("--quick-sessions", type=int, default=8)
+    parser.add_argument("--quick-sessions", type=int, default=6)
     parser.add_argument("--map-decoders", type=counts, default=[1, 2, 4, 8])
     parser.add_argument("--map-prompts", type=counts, default=[256, 1024, 2048])
     parser.add_argument("--map-responses", type=counts, default=[8, 32, 128])

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from serve_setup import Lab
 
 from prefillshare_train.serving.config import Mode
 from prefillshare_train.workloads.points import LoadPoint
-from prefillshare_train.workloads.report import Row, best, rows_of
+from prefillshare_train.workloads.report import Row, best, gains, rows_of
 
 MODES: tuple[Mode, ...] = ("shared", "isolated")
 
@@ -235,15 +234,53 @@ def gain_map(lab: Lab, options: argparse.Namespace) -> list[Row]:
     return run(lab, points)
 
 
-def gain_cells(gains: Sequence[dict[str, Any]]) -> dict[int, dict[tuple[int, int], float]]:
+def gain_cells(rows: Sequence[Row]) -> dict[int, dict[tuple[int, int], float]]:
     """Throughput gains of `gain_map` by decoders, then by (prompt, response) tokens."""
     cells: dict[int, dict[tuple[int, int], float]] = {}
-    for gain in gains:
+    for gain in gains(rows):
         if gain["throughput_ratio"] is None:  # every call of the isolated side failed
             continue
         prompt, response = map(int, gain["variant"].split("/"))
         cells.setdefault(gain["decoders"], {})[prompt, response] = gain["throughput_ratio"]
     return cells
+
+
+def gain_table(rows: Sequence[Row]) -> str:
+    """The map as a Markdown table: a line for each prompt and response, a column a decoder count.
+
+    A cell has the gain in throughput and, in brackets, the bound.
+    """
+    found = gains(rows)
+    counts = sorted({gain["decoders"] for gain in found})
+    cells = {
+        (tuple(map(int, gain["variant"].split("/"))), gain["decoders"]): (
+            f"{gain['throughput_ratio']:.2f} ({gain['bound']:.2f})"
+            if gain["throughput_ratio"] and not gain["errors"]
+            else "failed"
+        )
+        for gain in found
+    }
+    names = [f"{count} decoder{'s' * (count > 1)}" for count in counts]
+    lines = [
+        f"| prompt | response | {' | '.join(names)} |",
+        "|" + "---:|" * (2 + len(counts)),
+    ]
+    for prompt, response in sorted({case for case, _ in cells}):
+        line = [cells.get(((prompt, response), count), "–") for count in counts]
+        lines.append(f"| {prompt} | {response} | {' | '.join(line)} |")
+    machines = dict.fromkeys(row["machine"] for row in rows)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "How many times the throughput of isolated, and in brackets what the removed prefill "
+            "allows at the measured rates. Tokens; eight calls a session over one context, "
+            f"{rows[0]['sessions']} at once.",
+            "",
+            *machines,
+            "",
+        ]
+    )
 
 
 def run(lab: Lab, points: Iterable[LoadPoint]) -> list[Row]:

@@ -66,6 +66,45 @@ def _metrics() -> list[str]:
     return lines
 
 
+def _few_rows() -> list[str]:
+    """Linear layers of a decoding step."""
+    path = RESULTS.parent / "few_rows.json"
+    measured = json.loads(path.read_text())
+    title = (
+        "Linear layers of a decoding step, `F.linear` and what decoders use on a CPU in place of "
+        f"it, ms (float32; {measured['machine']}):"
+    )
+    shapes = list(measured["ms"])
+    counts = measured["ms"][shapes[0]]
+    lines = [f"| rows | {' | '.join(shapes)} |", "|" + "---:|" * (1 + len(shapes))]
+    for rows in counts:
+        cells = [
+            " / ".join(f"{ms:.2f}" for ms in measured["ms"][shape][rows].values())
+            for shape in shapes
+        ]
+        lines.append(f"| {rows} | {' | '.join(cells)} |")
+    return [title, "\n".join(lines)]
+
+
+def _baseline() -> list[str]:
+    """Transformers' own serving beside ours."""
+    rows = json.loads((RESULTS.parent / "serve_baseline.json").read_text())
+    first = rows[0]
+    title = (
+        f"The same {first['sessions']} ReAct sessions of {first['decoders']} LoRA decoders, "
+        f"{first['at_once']} at once, by transformers with PEFT and by our engine "
+        f"({first['dtype']}; {first['machine']}):"
+    )
+    lines = ["| | s | response tokens/s | times the first |", "|---|---:|---:|---:|"]
+    for row in rows:
+        ratio = first["seconds"] / row["seconds"]
+        lines.append(
+            f"| `{row['method']}` | {row['seconds']:.0f} | {row['throughput_tok_s']:.1f} | "
+            f"{ratio:.2f} |"
+        )
+    return [title, "\n".join(lines)]
+
+
 def _small_tables() -> list[str]:
     """Adapters in one batch, and where the prefill runs."""
     adapters = json.loads((RESULTS.parent / "adapters.json").read_text())
@@ -98,5 +137,5 @@ def page() -> str:
     parts += ["## Metrics at `/metrics`", "\n".join(_metrics())]
     if RESULTS.is_file():
         measured = RESULTS.read_text().strip().replace("\n## ", "\n### ")
-        parts += [MEASURED, *_small_tables(), f"#{measured}"]
+        parts += [MEASURED, *_baseline(), *_small_tables(), *_few_rows(), f"#{measured}"]
     return "\n\n".join(parts) + "\n"
