@@ -117,6 +117,9 @@ def test_more_keys_than_queries_without_a_mask_is_refused() -> None:
     ("grad", "past", "own", "window", "route"),
     [
         (False, 40, 8, None, "_attend_sdpa"),
+        (False, 1024, 512, None, "_attend_sdpa"),
+        # A mask over all keys would be larger than any block of scores.
+        (False, 1024, 513, None, "_attend_blocks"),
         (False, 4, 8, None, "_attend_blocks"),
         (False, 40, 8, 16, "_attend_blocks"),
         (True, 40, 8, None, "_attend_blocks"),

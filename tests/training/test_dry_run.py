@@ -11,7 +11,7 @@ from tests.training import tiny
 from typer.testing import CliRunner
 
 from prefillshare_train.cli.main import app
-from prefillshare_train.core import devices
+from prefillshare_train.core import devices, kernels
 from prefillshare_train.core.spans import Conversation, Turn
 from prefillshare_train.training.estimate import (
     PARALLEL,
@@ -114,6 +114,16 @@ def test_the_simulation_sees_what_saves_memory() -> None:
     assert simulate(chunked, long, config=wide).prefill < 0.6 * whole.prefill
     fused = simulate(recipe_with(method="full_prompt"), long, accelerator=True)
     assert fused.activations < baseline.activations
+
+
+@pytest.mark.parametrize("budget", [None, 0.1])
+def test_no_route_of_a_cpu_is_counted_for_an_accelerator(
+    monkeypatch: pytest.MonkeyPatch, budget: float | None
+) -> None:
+    for route in ("_attend_blocks", "_attend_sdpa"):
+        monkeypatch.setattr(kernels, route, lambda *_: pytest.fail("a route of the CPU ran"))
+    chunked = recipe_with({"prefill_memory_mib": budget, "share_prefix_from": 0})
+    assert simulate(chunked, (400, 400), accelerator=True).prefill > 0
 
 
 def test_autocasts_copies_of_weights_are_counted_where_they_are_made() -> None:

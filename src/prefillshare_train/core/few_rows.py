@@ -13,10 +13,11 @@ _PADDED = {1: 2, 3: 4}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, in half its time for a few rows in float32 on CPU.
+    """`F.linear`, faster for a few rows in float32 on CPU.
 
-    MKL multiplies `weight @ x.T` of a few rows much faster than `x @ weight.T`, which are the same
-    sums (benchmarks/few_rows.py). Elsewhere, and where a gradient is kept, it is `F.linear` itself.
+    MKL multiplies `weight @ x.T` of two to four rows in half the time of `x @ weight.T`, which are
+    the same sums (benchmarks/few_rows.py has other counts). Elsewhere, and where a gradient is
+    kept, it is `F.linear` itself.
 
     Args:
         x: (..., in).

@@ -18,6 +18,7 @@ from prefillshare_train.core.flash import attend_row, flash_can_run
 from prefillshare_train.core.layout import SegmentGroup
 
 _QUERY_BLOCK = 64  # queries a block on CPU; the best over both dtypes in benchmarks/attention.py
+_MASKED_QUERIES = 512  # a mask over all keys takes as many bytes as the scores of so many queries
 
 
 def attend_segments(
@@ -72,9 +73,10 @@ def attend_segments(
 
 
 def _mostly_past(group: SegmentGroup, window: int | None) -> bool:
-    """Whether a forward pass alone runs over so many keys that a mask hides few of them."""
+    """Whether a short forward pass alone runs over so many keys that a mask hides few of them."""
     own = (group.query_end - group.query_start) // group.count
-    return not torch.is_grad_enabled() and window is None and group.past_length >= own
+    short = own <= min(_MASKED_QUERIES, group.past_length)
+    return short and window is None and not torch.is_grad_enabled()
 
 
 def _split(rows: Tensor, count: int) -> Tensor:

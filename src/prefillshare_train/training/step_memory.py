@@ -211,12 +211,13 @@ def _attention_of(accelerator: bool) -> Iterator[None]:
     if not accelerator:
         yield
         return
-    plain = kernels._attend_blocks
-    kernels._attend_blocks = _fused_attention  # type: ignore[assignment]
+    plain = kernels._attend_blocks, kernels._attend_sdpa
+    # The tensors are those of a CPU, where a pass takes the one or the other.
+    kernels._attend_blocks = kernels._attend_sdpa = _fused_attention  # type: ignore[assignment]
     try:
         yield
     finally:
-        kernels._attend_blocks = plain
+        kernels._attend_blocks, kernels._attend_sdpa = plain
 
 
 def _fused_attention(
