@@ -25,7 +25,7 @@ decoders of random weights where no other number is given; responses have fixed 
 machines that name no dtype are of bfloat16.
 
 ```sh
-make bench-serve QUICK=1
+python benchmarks/serve.py quick --quick-sessions 8
 python benchmarks/serve.py compare --workloads react,reflexion --regimes memory --repeats 1 \\
   --caps 8 --loads 0.9 --sessions 8 --warm-up 0
 python benchmarks/serve.py compare --workloads react --regimes memory --context-tokens 2048 \\
@@ -35,7 +35,8 @@ python benchmarks/serve.py one-decoder --sessions 3 --warm-up 0
 python benchmarks/serve.py overload --memory-sessions 3 --overloads 1,2 --sessions 6 --warm-up 0 \\
   --repeats 1
 python benchmarks/serve.py map --map-prompts 256,1024 --map-responses 8,32 --map-sessions 1
-python benchmarks/serve_baseline.py --sessions 8 --repeats 1 --methods generate prefillshare
+python benchmarks/serve_baseline.py --sessions 4 --batch 4 --repeats 1 \\
+  --methods generate prefillshare
 python benchmarks/adapters.py
 python benchmarks/disaggregated.py
 python benchmarks/few_rows.py
