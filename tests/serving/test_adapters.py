@@ -10,9 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests.serving.served import engine_of, load_served, request, run, save_served
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from prefillshare_train.core.contract import CONTRACT_NAME, ContractError
+from prefillshare_train.core.few_rows import FewRowsLinear
 from prefillshare_train.core.generate import generate
 from prefillshare_train.core.loading import load_decoder
 from prefillshare_train.serving.adapters import NoAdapters, PeftAdapters, StackedAdapters
@@ -48,6 +50,17 @@ KINDS: dict[str, tuple[dict[str, Any], type]] = {
     "a bias": ({"target_modules": ["q_proj"], "lora_bias": True}, PeftAdapters),
     "DoRA": ({"target_modules": "all-linear", "use_dora": True}, PeftAdapters),
 }
+
+
+def test_what_decodes_has_the_products_of_few_rows_and_the_base_has_not(tmp_path: Path) -> None:
+    models = load_served(save_served(tmp_path, ["math", "full"]), ["math", "full"])
+
+    def kinds(model: nn.Module) -> set[type]:
+        return {type(layer) for layer in model.modules() if isinstance(layer, nn.Linear)}
+
+    for name in ("math", "full"):
+        assert kinds(models.decoders[name].lane.model) == {FewRowsLinear}, name
+    assert kinds(models.base) == {nn.Linear}
 
 
 @pytest.mark.parametrize("kind", KINDS)

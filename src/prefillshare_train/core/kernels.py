@@ -18,7 +18,7 @@ from prefillshare_train.core.flash import attend_row, flash_can_run
 from prefillshare_train.core.layout import SegmentGroup
 
 _QUERY_BLOCK = 64  # queries a block on CPU; the best over both dtypes in benchmarks/attention.py
-_MASKED_QUERIES = 512  # a mask over all keys takes as many bytes as the scores of so many queries
+_MASKED_QUERIES = 512  # their mask over all keys is what a longer chunk's memory would go to
 
 
 def attend_segments(
